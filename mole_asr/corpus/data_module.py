@@ -1,0 +1,356 @@
+"""From manifests to batches: what is read, what is left out, and where a resumed run goes on.
+
+The order is `BatchPlan` (which rows) -> `SpeechDataset` (reads and augments them) -> `Batch`.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from mole_asr.audio.augment import AugmentConfig, augment
+from mole_asr.audio.read import read_audio
+from mole_asr.corpus.batch import Batch, Example, collate
+from mole_asr.corpus.batch_plan import BatchPlan, Selection, required_frames
+from mole_asr.corpus.manifest import Manifest
+from mole_asr.corpus.text_tokenizer import TextTokenizer
+from mole_asr.errors import MoleError
+
+SAMPLING_RATE_HZ = 16000
+
+log = logging.getLogger(__name__)
+
+BatchKey = tuple[int, int, np.ndarray]
+"""Epoch, number of the batch in it, and positions in the dataset: all that the content of a batch depends on."""
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Label sequences as two flat arrays: no object an utterance.
+
+    Attributes:
+        values: int32, all labels, one utterance after the other.
+        offsets: int64[N + 1], where each utterance begins in `values`.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def tokenize(cls, manifest: Manifest, rows: np.ndarray, tokenizer: TextTokenizer) -> "LabelTable":
+        """Encodes the texts of some rows of a manifest."""
+        offsets, parts = np.zeros(len(rows) + 1, np.int64), []
+        for i, row in enumerate(rows):
+            parts.append(np.asarray(tokenizer.encode(manifest[int(row)].text), np.int32))
+            offsets[i + 1] = offsets[i] + len(parts[-1])
+        return cls(np.concatenate(parts) if parts else np.zeros(0, np.int32), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        return self.values[self.offsets[position] : self.offsets[position + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64[N] labels of each utterance."""
+        return np.diff(self.offsets)
+
+    def take(self, positions: np.ndarray) -> "LabelTable":
+        """The table of some positions, in the given order."""
+        parts = [self[int(position)] for position in positions]
+        offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+        return LabelTable(np.concatenate(parts) if parts else np.zeros(0, np.int32), offsets)
+
+
+class SpeechDataset(Dataset[Batch]):
+    """Reads, augments and collates whole batches.
+
+    Args:
+        manifest: where the utterances stand.
+        selection: the rows that are used; a position is an index into them.
+        labels: label sequence of each position.
+        language_ids: int64[N], index into the model's languages of each position.
+        augment_config: waveform augmentation; None for none.
+        seed: seed of the augmentation.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        selection: Selection,
+        labels: LabelTable,
+        language_ids: np.ndarray,
+        augment_config: AugmentConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.manifest = manifest
+        self.selection = selection
+        self.labels = labels
+        self.language_ids = language_ids
+        self.augment_config = augment_config
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.selection.rows)
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        """The batch of a key; utterances that cannot be read are left out and named in `Batch.skipped`."""
+        epoch, number, positions = key
+        examples, skipped = [], []
+        for place, position in enumerate(positions):
+            # Seeded by the place in the plan, so that neither workers nor a resume change what is heard.
+            rng = np.random.default_rng((self.seed, epoch, number, place))
+            try:
+                examples.append(self._example(int(position), rng))
+            except (MoleError, OSError) as error:
+                skipped.append(f"{self.manifest[int(self.selection.rows[position])].id}: {error}")
+        return collate(examples or [_silence()], skipped)
+
+    def _example(self, position: int, rng: np.random.Generator) -> Example:
+        row = int(self.selection.rows[position])
+        utterance = self.manifest[row]
+        audio_S = read_audio(utterance.audio_path, SAMPLING_RATE_HZ, utterance.start_s, utterance.duration_s)
+        if self.augment_config is not None:
+            audio_S = augment(audio_S, self.augment_config, rng, SAMPLING_RATE_HZ)
+        language = int(self.language_ids[position])
+        return Example(audio_S, self.labels[position], language, row, utterance.id, utterance.text)
+
+
+def _silence() -> Example:
+    """Stands in for a batch with no readable file: every rank must have a batch, or the others wait for it for ever."""
+    return Example(np.zeros(SAMPLING_RATE_HZ, np.float32), np.zeros(0, np.int64), -1, -1, "", "")
+
+
+class PlanLoader:
+    """Iterates over the batches of one rank, from where the trainer stands.
+
+    It keeps no place of its own: `__iter__` is a generator, so it asks for the place at the first fetch, when Lightning
+    has restored or advanced its counters. Those counters are saved in every checkpoint, which is all a resume needs.
+    It is no DataLoader, so Lightning injects no sampler into it.
+
+    Args:
+        dataset: makes a batch from a key.
+        plan: the batches of an epoch.
+        rank: this process among `plan.world_size`.
+        num_workers: reading processes; 0 reads in the training process.
+        place: returns (epoch, next batch).
+    """
+
+    def __init__(
+        self,
+        dataset: SpeechDataset,
+        plan: BatchPlan,
+        rank: int,
+        num_workers: int,
+        place: Callable[[], tuple[int, int]],
+    ) -> None:
+        self.dataset = dataset
+        self.plan = plan
+        self.rank = rank
+        self.skipped: set[str] = set()
+        self._place = place
+        self._keys: list[BatchKey] = []
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=self._keys,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            # Its own generator: a loader that draws from the global one would change the dropout of a resumed run.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return self.plan.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, first = self._place()
+        batches = self.plan.batches(epoch, self.rank)
+        self._keys[:] = [(epoch, number, rows) for number, rows in enumerate(batches)][first:]
+        for batch in self._loader:
+            for reason in set(batch.skipped) - self.skipped:
+                log.warning("skipped %s", reason)
+            self.skipped.update(batch.skipped)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to restore, only something to check."""
+        return {"num_batches": len(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Warns if the data or the batch size changed since the checkpoint was written."""
+        if state["num_batches"] != len(self):
+            log.warning(
+                "an epoch had %d batches when the checkpoint was written and has %d now: "
+                "the rest of the current epoch repeats or misses some utterances",
+                state["num_batches"],
+                len(self),
+            )
+
+
+class SpeechDataModule(LightningDataModule):
+    """Training and validation batches from two manifests.
+
+    Args:
+        train_manifest: cut set (JSONL) to train on.
+        valid_manifest: cut set (JSONL) to validate on.
+        tokenizer: text tokenizer, a `tokenizer.model` or the folder that holds it.
+        languages: language codes in the order of the model's outputs; default: those of the train manifest, sorted.
+        batch_seconds: bound of (longest audio x utterances) of a training batch.
+        valid_batch_seconds: the same for validation; default: batch_seconds.
+        max_batch_labels: bound of (longest label sequence x utterances); default: none.
+        max_seconds: longer utterances are left out.
+        min_seconds: shorter utterances are left out.
+        temperature: languages are sampled with p ~ hours^(1/temperature); 1 takes every utterance once an epoch.
+        seed: seed of batches and augmentation.
+        num_workers: reading processes; 0 reads in the training process.
+        frame_shift_ms: time between two frames of the model's output, to check that CTC can align the text.
+        augment: waveform augmentation of the training data; null for none.
+    """
+
+    def __init__(
+        self,
+        train_manifest: str,
+        valid_manifest: str,
+        tokenizer: str,
+        languages: list[str] | None = None,
+        batch_seconds: float = 60.0,
+        valid_batch_seconds: float | None = None,
+        max_batch_labels: int | None = None,
+        max_seconds: float = 20.0,
+        min_seconds: float = 0.1,
+        temperature: float = 1.0,
+        seed: int = 0,
+        num_workers: int = 0,
+        frame_shift_ms: float = 40.0,
+        augment: AugmentConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if temperature < 1:
+            raise MoleError(f"temperature: {temperature:g} is below 1; 1 is the natural distribution of languages")
+        for name, seconds in ("batch_seconds", batch_seconds), ("valid_batch_seconds", valid_batch_seconds):
+            if seconds is not None and seconds < max_seconds:
+                raise MoleError(f"{name}: {seconds:g} is below max_seconds {max_seconds:g}; one utterance must fit")
+        self.train_manifest = train_manifest
+        self.valid_manifest = valid_manifest
+        self.tokenizer_path = tokenizer
+        self.batch_seconds = batch_seconds
+        self.valid_batch_seconds = valid_batch_seconds or batch_seconds
+        self.max_batch_labels = max_batch_labels
+        self.max_seconds = max_seconds
+        self.min_seconds = min_seconds
+        self.temperature = temperature
+        self.seed = seed
+        self.num_workers = num_workers
+        self.frame_shift_ms = frame_shift_ms
+        self.augment = augment
+        self._languages = languages
+        self._datasets: dict[str, SpeechDataset] = {}
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The text tokenizer, read at first use."""
+        return TextTokenizer(self.tokenizer_path)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, blank included."""
+        return self.tokenizer.vocab_size
+
+    @cached_property
+    def languages(self) -> list[str]:
+        """Language codes; an index into them is a language id of a batch."""
+        return self._languages or sorted(Manifest(self.train_manifest).languages)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the manifests, tokenises the texts and leaves out what cannot be trained on.
+
+        Raises:
+            MoleError: nothing is left of a manifest; the message counts the reasons.
+        """
+        wanted = {"fit": ("train", "valid"), "validate": ("valid",)}.get(stage or "fit", ())
+        for split in wanted:
+            if split not in self._datasets:
+                self._datasets[split] = self._dataset(split)
+
+    def train_dataloader(self) -> PlanLoader:
+        """Batches of the current epoch that are still to come."""
+        # Speed perturbation makes utterances longer: the slowest one must fit too.
+        slowdown = self.augment.longest_stretch if self.augment else 1.0
+        return self._loader("train", self.batch_seconds, slowdown, self._place, temperature=self.temperature)
+
+    def val_dataloader(self) -> PlanLoader:
+        """All validation batches, longest first, the same every time."""
+        return self._loader("valid", self.valid_batch_seconds, 1.0, lambda: (0, 0), shuffle=False)
+
+    def selection(self, split: str) -> Selection:
+        """What is used of `train` or `valid`, and what was left out; after `setup`."""
+        return self._datasets[split].selection
+
+    def _place(self) -> tuple[int, int]:
+        """Epoch and next batch from Lightning's own counters, which its checkpoints carry."""
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
+
+    def _loader(
+        self,
+        split: str,
+        batch_seconds: float,
+        slowdown: float,
+        place: Callable[[], tuple[int, int]],
+        temperature: float = 1.0,
+        shuffle: bool = True,
+    ) -> PlanLoader:
+        dataset = self._datasets[split]
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        plan = BatchPlan(
+            durations_s=dataset.manifest.durations_s[dataset.selection.rows] * slowdown,
+            text_lengths=dataset.labels.lengths,
+            language_ids=dataset.language_ids,
+            batch_seconds=batch_seconds,
+            max_batch_labels=self.max_batch_labels,
+            seed=self.seed,
+            temperature=temperature,
+            world_size=world_size,
+            shuffle=shuffle,
+        )
+        return PlanLoader(dataset, plan, rank, self.num_workers, place)
+
+    def _dataset(self, split: str) -> SpeechDataset:
+        path = Path(self.train_manifest if split == "train" else self.valid_manifest)
+        config = self.augment if split == "train" else None
+        manifest = Manifest(path)
+        known = np.array([self.languages.index(code) if code in self.languages else -1 for code in manifest.languages])
+        selection = Selection(np.arange(len(manifest)))
+        language_ids = known[manifest.language_ids] if len(manifest) else np.zeros(0, np.int64)
+        selection = selection.without("of an unknown language", language_ids[selection.rows] < 0)
+        durations_s = manifest.durations_s
+        selection = selection.without(
+            f"longer than {self.max_seconds:g} s", durations_s[selection.rows] > self.max_seconds
+        )
+        selection = selection.without(
+            f"shorter than {self.min_seconds:g} s", durations_s[selection.rows] < self.min_seconds
+        )
+
+        labels = LabelTable.tokenize(manifest, selection.rows, self.tokenizer)
+        needed = np.array([required_frames(labels[i]) for i in range(len(labels))], np.int64)
+        # The fastest perturbed version must still have a frame for every label.
+        shortest_s = durations_s[selection.rows] * (config.shortest_stretch if config else 1.0)
+        short = needed > np.floor(shortest_s * 1000 / self.frame_shift_ms)
+        keep = (needed > 0) & ~short
+        labels = labels.take(np.flatnonzero(keep))
+        selection = selection.without("with an empty text", needed == 0)
+        selection = selection.without("with more labels than frames", short[needed > 0])
+        if len(selection.rows) == 0:
+            raise MoleError(f"{path}: no utterance is left for {split}; {selection}")
+        log.info("%s: %s", path.name, selection)
+        return SpeechDataset(manifest, selection, labels, language_ids[selection.rows], config, self.seed)
