@@ -1,0 +1,72 @@
+"""Plan + rows + experts -> rows.
+
+Shape letters: N rows, D model width.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mole_asr.moe.backends import cpu_tiled, reference, segment
+from mole_asr.moe.experts import Experts
+from mole_asr.moe.plan import Layout, RoutingPlan
+
+Backend = Literal["auto", "reference", "cpu_tiled", "segment"]
+
+_BACKENDS: dict[str, Callable[[Tensor, RoutingPlan, Experts], Tensor]] = {
+    "reference": reference.run,
+    "cpu_tiled": cpu_tiled.run,
+    "segment": segment.run,
+}
+
+
+def choose_backend(device_type: str, layout: Layout) -> Backend:
+    """The fastest backend that computes such a plan: "segment" by slices, else "cpu_tiled" or "reference"."""
+    if layout == "segment":
+        return "segment"
+    return "cpu_tiled" if device_type == "cpu" else "reference"
+
+
+def dispatch(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend: Backend = "auto") -> Tensor:
+    """Compute y[n] = sum over slots k of gate[n, k] * expert[n, k](x[n]) + shared_gate[n] * shared(x[n]).
+
+    Slots without an expert are skipped by index, never multiplied by zero. Under autocast the products run in its
+    type with float32 master weights; gates and sums stay float32.
+
+    Args:
+        x_ND: rows; no padding among them.
+        plan: which expert computes which row.
+        experts: the parameters.
+        backend: "auto", or the name of one backend; all give the same answer.
+
+    Returns:
+        y_ND in the type of x; rows without any expert are zero.
+
+    Raises:
+        ValueError: rows, plan and experts do not fit together, or the backend is unknown or cannot compute the plan.
+    """
+    _check(x_ND, plan, experts)
+    if backend == "auto":
+        backend = choose_backend(x_ND.device.type, plan.layout)
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(_BACKENDS)}, not {backend!r}")
+    if backend == "segment" and plan.layout != "segment":
+        raise ValueError("the backend 'segment' needs a plan in the layout 'segment'; use 'auto'")
+    return _BACKENDS[backend](x_ND, plan, experts)
+
+
+def _check(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> None:
+    if x_ND.dim() != 2 or x_ND.shape[1] != experts.d_model:
+        raise ValueError(f"rows must be [N, {experts.d_model}] for these experts, not {tuple(x_ND.shape)}")
+    if plan.layout == "token" and plan.num_units != x_ND.shape[0]:
+        raise ValueError(f"the plan is for {plan.num_units} rows, not {x_ND.shape[0]}")
+    if plan.layout == "segment" and x_ND.device.type == "cpu" and plan.bounds[-1] != x_ND.shape[0]:
+        raise ValueError(f"the plan's segments hold {plan.bounds[-1]} rows, not {x_ND.shape[0]}")
+    if plan.num_experts != experts.num_experts:
+        raise ValueError(f"the plan is for {plan.num_experts} experts, not {experts.num_experts}")
+    if plan.shared_gates is not None and not experts.shared:
+        raise ValueError("the plan weighs a shared expert, but these experts have none: build them with shared=True")
+    if x_ND.dtype != experts.w1_EFD.dtype and not torch.is_autocast_enabled(x_ND.device.type):
+        raise ValueError(f"rows are {x_ND.dtype} and experts {experts.w1_EFD.dtype}: use one type or autocast")

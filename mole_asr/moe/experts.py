@@ -1,0 +1,110 @@
+"""Stacked feed-forward experts and the shared expert.
+
+Shape letters: E experts, D model width, F expert width (the first product gives 2F with "swiglu"), N rows.
+"""
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Activation = Literal["relu", "silu", "gelu", "swiglu"]
+
+
+class ExpertWeights(NamedTuple):
+    """The tensors of one expert, or of a stack of experts where each has a leading E."""
+
+    w1_FD: Tensor
+    b1_F: Tensor | None
+    w2_DF: Tensor
+    b2_D: Tensor | None
+
+
+def activate(z_NF: Tensor, activation: Activation) -> Tensor:
+    """Apply the activation; "swiglu" takes [N, 2F] (gate, then value) and gives [N, F]."""
+    if activation == "swiglu":
+        gate_NF, value_NF = z_NF.chunk(2, dim=-1)
+        return functional.silu(gate_NF) * value_NF
+    if activation == "relu":
+        return torch.relu(z_NF)
+    return functional.silu(z_NF) if activation == "silu" else functional.gelu(z_NF)
+
+
+def feed_forward(x_ND: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:
+    """One expert on its rows, written plainly: the meaning that every backend must have."""
+    z_NF = functional.linear(x_ND, weights.w1_FD, weights.b1_F)
+    return functional.linear(activate(z_NF, activation), weights.w2_DF, weights.b2_D)
+
+
+class Experts(nn.Module):
+    """The parameters of E experts, each D -> F -> D, and of one shared expert of the same shape.
+
+    An expert starts as `nn.Linear` does, from the fan-in of its own matrices.
+
+    Args:
+        num_experts: E, without the shared expert.
+        d_model: D.
+        d_ff: F.
+        activation: "relu", "silu", "gelu" or "swiglu".
+        bias: whether both products add a bias.
+        shared: whether there is a shared expert.
+
+    Raises:
+        ValueError: a size below one or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        d_ff: int,
+        activation: Activation = "silu",
+        bias: bool = True,
+        shared: bool = False,
+    ) -> None:
+        super().__init__()
+        if activation not in get_args(Activation):
+            raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, not {activation!r}")
+        if min(num_experts, d_model, d_ff) < 1:
+            raise ValueError(f"sizes must be positive: {num_experts=}, {d_model=}, {d_ff=}")
+        self.num_experts, self.d_model, self.d_ff = num_experts, d_model, d_ff
+        self.activation: Activation = activation
+        self.shared = shared
+        up = 2 * d_ff if activation == "swiglu" else d_ff
+        self.w1_EFD = nn.Parameter(torch.empty(num_experts, up, d_model))
+        self.b1_EF = nn.Parameter(torch.empty(num_experts, up)) if bias else None
+        self.w2_EDF = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
+        self.b2_ED = nn.Parameter(torch.empty(num_experts, d_model)) if bias else None
+        self.shared_w1_FD = nn.Parameter(torch.empty(up, d_model)) if shared else None
+        self.shared_b1_F = nn.Parameter(torch.empty(up)) if shared and bias else None
+        self.shared_w2_DF = nn.Parameter(torch.empty(d_model, d_ff)) if shared else None
+        self.shared_b2_D = nn.Parameter(torch.empty(d_model)) if shared and bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, uniform in +-1/sqrt(fan-in) as `nn.Linear` does."""
+        for name, parameter in self.named_parameters():
+            fan_in = self.d_model if "1_" in name else self.d_ff
+            nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def stack(self) -> ExpertWeights:
+        """The E experts' parameters, each with a leading E."""
+        return ExpertWeights(self.w1_EFD, self.b1_EF, self.w2_EDF, self.b2_ED)
+
+    def shared_weights(self) -> ExpertWeights | None:
+        """The shared expert's parameters, or None where there is no shared expert."""
+        if self.shared_w1_FD is None or self.shared_w2_DF is None:
+            return None
+        return ExpertWeights(self.shared_w1_FD, self.shared_b1_F, self.shared_w2_DF, self.shared_b2_D)
+
+    def unbind(self) -> list[ExpertWeights]:
+        """One expert's parameters each. Under autograd, indexing a stack in a loop costs O(E^2); this does not."""
+        stacks = [[None] * self.num_experts if tensor is None else tensor.unbind(0) for tensor in self.stack()]
+        return [ExpertWeights(*tensors) for tensors in zip(*stacks, strict=True)]
+
+    def extra_repr(self) -> str:
+        """Sizes for `print(model)`."""
+        shared = ", shared" if self.shared else ""
+        return f"{self.num_experts} x ({self.d_model} -> {self.d_ff} -> {self.d_model}), {self.activation}{shared}"
