@@ -1,0 +1,235 @@
+"""Recordings to text: read -> segments -> batches by length -> model -> greedy CTC -> word times -> transcript.
+
+Shape letters: B batch, S samples, T frames, V vocabulary, N languages.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mole_asr.audio.read import read_audio
+from mole_asr.audio.segment import speech_segments
+from mole_asr.decode.alignment import Tokenizer, align_words
+from mole_asr.decode.greedy import greedy_ctc
+from mole_asr.decode.word import Word
+from mole_asr.errors import MoleError
+from mole_asr.transcribe.transcript import Segment, Transcript
+
+if TYPE_CHECKING:
+    from mole_asr.asr.model import MoleModel
+    from mole_asr.corpus.manifest import Utterance
+
+Input: TypeAlias = "str | Path | np.ndarray | Utterance"
+
+SAMPLING_RATE_HZ = 16000
+# Sorting needs a choice of segments; more of them would only delay the first text and take more memory.
+_WINDOW_BATCHES = 4
+# What is shorter is padded to this: a few frames are the least that the subsampling and the CTC can take.
+_MIN_SAMPLES = SAMPLING_RATE_HZ // 10
+
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """A stretch of sound that is recognised at once, and what the model says of it."""
+
+    audio_S: np.ndarray
+    start_s: float
+    end_s: float
+    words: list[Word] = field(default_factory=list)
+    reliability: float = 0.0
+    language_probabilities_N: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+@dataclass(slots=True, eq=False)
+class _Recording:
+    id: str
+    duration_s: float
+    pieces: list[_Piece]
+
+
+def load(folder: str | Path, device: str | torch.device | None = None) -> "Transcriber":
+    """Loads a trained model for transcription.
+
+    Args:
+        folder: what training wrote: `model.safetensors`, `config.json`, `tokenizer.model`, `languages.json`.
+        device: where to run; None takes the GPU if there is one.
+
+    Raises:
+        MoleError: a file is missing or does not fit the others.
+    """
+    from mole_asr.asr.checkpoint import load_model
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, tokenizer = load_model(Path(folder), device)
+    return Transcriber(model, tokenizer, device)
+
+
+class Transcriber:
+    """A model with its text tokenizer, ready to transcribe.
+
+    Attributes:
+        model: in evaluation mode, on `device`.
+        tokenizer: its text tokenizer.
+        max_seconds: recordings longer than this are cut at their pauses.
+        failures: (id, reason) of each input of the last call that could not be read and was skipped.
+    """
+
+    def __init__(
+        self, model: "MoleModel", tokenizer: Tokenizer, device: str | torch.device = "cpu", max_seconds: float = 20.0
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device = torch.device(device)
+        self.max_seconds = max_seconds
+        self.failures: list[tuple[str, str]] = []
+
+    def transcribe(
+        self, inputs: Input | Iterable[Input], language: str | None = None, batch_seconds: float = 240.0
+    ) -> Iterator[Transcript]:
+        """Transcribes recordings, in the order given.
+
+        Inputs are read as they are needed and sorted by length within a window of a few batches: memory does not grow
+        with their number, and texts come while later files are still unread.
+
+        Args:
+            inputs: one or many of: path of an audio file, float samples [S] at 16 kHz, utterance of a manifest.
+            language: its code, if known; None leaves it to the model.
+            batch_seconds: sound in a batch, padding included; less needs less memory.
+
+        Returns:
+            An iterator of one transcript for each input that can be read; the others are in `failures`.
+
+        Raises:
+            MoleError: the model does not know the language.
+        """
+        language_id = None if language is None else self._language_id(language)
+        self.failures = []
+        if isinstance(inputs, str | Path | np.ndarray) or hasattr(inputs, "audio_path"):
+            inputs = [inputs]
+        return self._transcribe(inputs, language_id, batch_seconds)
+
+    def _language_id(self, language: str) -> int:
+        known = list(self.model.languages)
+        if language in known:
+            return known.index(language)
+        close = get_close_matches(language, known, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise MoleError(f"language '{language}': the model knows only {', '.join(known)}{hint}")
+
+    def _transcribe(
+        self, inputs: Iterable[Input], language_id: int | None, batch_seconds: float
+    ) -> Iterator[Transcript]:
+        for window in self._windows(inputs, _WINDOW_BATCHES * batch_seconds):
+            pieces = [piece for recording in window for piece in recording.pieces]
+            for batch in _batches(pieces, batch_seconds):
+                self._recognise(batch, language_id)
+            for recording in window:
+                yield self._transcript(recording, language_id)
+
+    def _windows(self, inputs: Iterable[Input], window_s: float) -> Iterator[list[_Recording]]:
+        window: list[_Recording] = []
+        for index, item in enumerate(inputs):
+            try:
+                name, audio_S = _read(item, index)
+            except MoleError as error:
+                self.failures.append((_name(item, index), str(error)))
+                continue
+            window.append(_cut(name, audio_S, self.max_seconds))
+            if sum(recording.duration_s for recording in window) >= window_s:
+                yield window
+                window = []
+        yield window
+
+    @torch.inference_mode()
+    def _recognise(self, batch: list[_Piece], language_id: int | None) -> None:
+        """Runs the model on a batch and writes words, language and reliability into its pieces."""
+        audio_BS, lengths_B = _pad([piece.audio_S for piece in batch])
+        languages_B = None if language_id is None else torch.full_like(lengths_B, language_id).to(self.device)
+        output = self.model(audio_BS.to(self.device), lengths_B.to(self.device), languages_B)
+        log_probs_BTV, frames = output.log_probs_BTV.float().cpu(), output.lengths_B.tolist()
+        probabilities_BN = output.language_logits_BN.float().softmax(dim=-1).cpu().numpy()
+        token_ids = greedy_ctc(log_probs_BTV, output.lengths_B.cpu())
+        for row, (piece, reliability) in enumerate(zip(batch, output.reliability_B.tolist(), strict=True)):
+            log_probs_TV = log_probs_BTV[row, : frames[row]]
+            words = align_words(log_probs_TV, token_ids[row], self.tokenizer, self.model.frame_shift_s)
+            piece.words = [_shift(word, piece.start_s, piece.end_s) for word in words]
+            piece.reliability = reliability
+            piece.language_probabilities_N = probabilities_BN[row]
+
+    def _transcript(self, recording: _Recording, language_id: int | None) -> Transcript:
+        """Joins the pieces; language and reliability are means over them, weighted by their seconds."""
+        pieces = recording.pieces
+        segments = [
+            Segment(piece.start_s, piece.end_s, " ".join(word.text for word in piece.words), piece.words)
+            for piece in pieces
+            if piece.words
+        ]
+        text = " ".join(segment.text for segment in segments)
+        if not pieces:
+            return Transcript(recording.id, text, "", 0.0, {}, recording.duration_s)
+        weights = np.array([piece.end_s - piece.start_s for piece in pieces])
+        weights /= weights.sum()
+        mean_N = weights @ np.stack([piece.language_probabilities_N for piece in pieces])
+        reliability = float(weights @ np.array([piece.reliability for piece in pieces]))
+        probabilities = dict(zip(self.model.languages, mean_N.tolist(), strict=True))
+        language = self.model.languages[int(mean_N.argmax()) if language_id is None else language_id]
+        return Transcript(recording.id, text, language, reliability, probabilities, recording.duration_s, segments)
+
+
+def _name(item: Input, index: int) -> str:
+    """Path as it was given, id of the utterance, or number of the array."""
+    if isinstance(item, np.ndarray):
+        return str(index)
+    return str(item) if isinstance(item, str | Path) else item.id
+
+
+def _read(item: Input, index: int) -> tuple[str, np.ndarray]:
+    name = _name(item, index)
+    if isinstance(item, str | Path):
+        return name, read_audio(item, SAMPLING_RATE_HZ)
+    if not isinstance(item, np.ndarray):
+        return name, read_audio(item.audio_path, SAMPLING_RATE_HZ, item.start_s, item.duration_s)
+    if item.ndim != 1 or item.size == 0 or item.dtype.kind != "f" or not np.isfinite(item).all():
+        raise MoleError(f"input {index}: give finite float samples [S], not {item.dtype} {list(item.shape)}")
+    return name, item.astype(np.float32, copy=False)
+
+
+def _cut(name: str, audio_S: np.ndarray, max_seconds: float) -> _Recording:
+    pieces = []
+    for start_s, end_s in speech_segments(audio_S, SAMPLING_RATE_HZ, max_seconds):
+        part_S = audio_S[round(start_s * SAMPLING_RATE_HZ) : round(end_s * SAMPLING_RATE_HZ)]
+        pieces.append(_Piece(part_S, start_s, end_s))
+    return _Recording(name, len(audio_S) / SAMPLING_RATE_HZ, pieces)
+
+
+def _batches(pieces: list[_Piece], batch_seconds: float) -> Iterator[list[_Piece]]:
+    """Longest first, so that a lack of memory shows at once."""
+    batch: list[_Piece] = []
+    for piece in sorted(pieces, key=lambda piece: -len(piece.audio_S)):
+        if batch and (len(batch) + 1) * len(batch[0].audio_S) > batch_seconds * SAMPLING_RATE_HZ:
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch
+
+
+def _pad(audio: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Samples [B, S], padded with zeros, and lengths [B]."""
+    lengths_B = torch.tensor([max(_MIN_SAMPLES, len(audio_S)) for audio_S in audio])
+    audio_BS = torch.zeros(len(audio), int(lengths_B.max()))
+    for row, audio_S in enumerate(audio):
+        audio_BS[row, : len(audio_S)] = torch.from_numpy(audio_S)
+    return audio_BS, lengths_B
+
+
+def _shift(word: Word, start_s: float, end_s: float) -> Word:
+    """Word times count from the start of the recording; the last frame may reach beyond the end of the sound."""
+    first_s = min(start_s + word.start_s, end_s)
+    return Word(word.text, first_s, min(start_s + word.end_s, end_s), word.confidence)
