@@ -136,10 +136,10 @@ class Selection:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     def without(self, reason: str, bad: np.ndarray) -> "Selection":
-        """Leaves out the rows where `bad` (bool[N]) holds, counted under `reason`."""
-        count = int(bad.sum())
-        left_out = {**self.left_out, reason: self.left_out.get(reason, 0) + count} if count else self.left_out
-        return Selection(self.rows[~bad], left_out)
+        """Leaves out the rows for which `bad` (bool, one for each row of the manifest) holds, counted as `reason`."""
+        keep = ~bad[self.rows]
+        count = int((~keep).sum())
+        return Selection(self.rows[keep], {**self.left_out, reason: count} if count else self.left_out)
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items()) or "none"

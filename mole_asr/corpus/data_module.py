@@ -4,6 +4,8 @@ The order is `BatchPlan` (which rows) -> `SpeechDataset` (reads and augments the
 """
 
 import logging
+from array import array
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,16 +30,16 @@ SAMPLING_RATE_HZ = 16000
 log = logging.getLogger(__name__)
 
 BatchKey = tuple[int, int, np.ndarray]
-"""Epoch, number of the batch in it, and positions in the dataset: all that the content of a batch depends on."""
+"""Epoch, number of the batch in it, and rows of the manifest: all that the content of a batch depends on."""
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Label sequences as two flat arrays: no object an utterance.
+    """Label sequences as two flat arrays: no object an utterance. Indexed by the row of the manifest.
 
     Attributes:
-        values: int32, all labels, one utterance after the other.
-        offsets: int64[N + 1], where each utterance begins in `values`.
+        values: int32, all labels, one row after the other.
+        offsets: int64[N + 1], where each row begins in `values`.
     """
 
     values: np.ndarray
@@ -45,29 +47,21 @@ class LabelTable:
 
     @classmethod
     def tokenize(cls, manifest: Manifest, rows: np.ndarray, tokenizer: TextTokenizer) -> "LabelTable":
-        """Encodes the texts of some rows of a manifest."""
-        offsets, parts = np.zeros(len(rows) + 1, np.int64), []
-        for i, row in enumerate(rows):
-            parts.append(np.asarray(tokenizer.encode(manifest[int(row)].text), np.int32))
-            offsets[i + 1] = offsets[i] + len(parts[-1])
-        return cls(np.concatenate(parts) if parts else np.zeros(0, np.int32), offsets)
+        """Encodes the texts of some rows, in rising order; the other rows get no label."""
+        values, lengths = array("i"), np.zeros(len(manifest), np.int64)
+        for row in rows:
+            labels = tokenizer.encode(manifest[int(row)].text)
+            values.extend(labels)
+            lengths[row] = len(labels)
+        return cls(np.array(values, np.int32), np.concatenate([[0], np.cumsum(lengths)]))
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, position: int) -> np.ndarray:
-        return self.values[self.offsets[position] : self.offsets[position + 1]]
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64[N] labels of each utterance."""
+        """int64[N] labels of each row."""
         return np.diff(self.offsets)
-
-    def take(self, positions: np.ndarray) -> "LabelTable":
-        """The table of some positions, in the given order."""
-        parts = [self[int(position)] for position in positions]
-        offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
-        return LabelTable(np.concatenate(parts) if parts else np.zeros(0, np.int32), offsets)
 
 
 class SpeechDataset(Dataset[Batch]):
@@ -75,9 +69,8 @@ class SpeechDataset(Dataset[Batch]):
 
     Args:
         manifest: where the utterances stand.
-        selection: the rows that are used; a position is an index into them.
-        labels: label sequence of each position.
-        language_ids: int64[N], index into the model's languages of each position.
+        labels: label sequence of each row of the manifest.
+        language_ids: int64[N], index into the model's languages of each row.
         augment_config: waveform augmentation; None for none.
         seed: seed of the augmentation.
     """
@@ -85,43 +78,35 @@ class SpeechDataset(Dataset[Batch]):
     def __init__(
         self,
         manifest: Manifest,
-        selection: Selection,
         labels: LabelTable,
         language_ids: np.ndarray,
         augment_config: AugmentConfig | None = None,
         seed: int = 0,
     ) -> None:
         self.manifest = manifest
-        self.selection = selection
         self.labels = labels
         self.language_ids = language_ids
         self.augment_config = augment_config
         self.seed = seed
 
-    def __len__(self) -> int:
-        return len(self.selection.rows)
-
     def __getitem__(self, key: BatchKey) -> Batch:
         """The batch of a key; utterances that cannot be read are left out and named in `Batch.skipped`."""
-        epoch, number, positions = key
+        epoch, number, rows = key
         examples, skipped = [], []
-        for place, position in enumerate(positions):
+        for place, row in enumerate(rows.tolist()):
             # Seeded by the place in the plan, so that neither workers nor a resume change what is heard.
             rng = np.random.default_rng((self.seed, epoch, number, place))
+            utterance = self.manifest[row]
             try:
-                examples.append(self._example(int(position), rng))
+                audio_S = read_audio(utterance.audio_path, SAMPLING_RATE_HZ, utterance.start_s, utterance.duration_s)
             except (MoleError, OSError) as error:
-                skipped.append(f"{self.manifest[int(self.selection.rows[position])].id}: {error}")
+                skipped.append(f"{utterance.id}: {error}")
+                continue
+            if self.augment_config is not None:
+                audio_S = augment(audio_S, self.augment_config, rng, SAMPLING_RATE_HZ)
+            language = int(self.language_ids[row])
+            examples.append(Example(audio_S, self.labels[row], language, row, utterance.id, utterance.text))
         return collate(examples or [_silence()], skipped)
-
-    def _example(self, position: int, rng: np.random.Generator) -> Example:
-        row = int(self.selection.rows[position])
-        utterance = self.manifest[row]
-        audio_S = read_audio(utterance.audio_path, SAMPLING_RATE_HZ, utterance.start_s, utterance.duration_s)
-        if self.augment_config is not None:
-            audio_S = augment(audio_S, self.augment_config, rng, SAMPLING_RATE_HZ)
-        language = int(self.language_ids[position])
-        return Example(audio_S, self.labels[position], language, row, utterance.id, utterance.text)
 
 
 def _silence() -> Example:
@@ -138,7 +123,8 @@ class PlanLoader:
 
     Args:
         dataset: makes a batch from a key.
-        plan: the batches of an epoch.
+        plan: the batches of an epoch, as positions in `rows`.
+        rows: int64[N] rows of the manifest that are used.
         rank: this process among `plan.world_size`.
         num_workers: reading processes; 0 reads in the training process.
         place: returns (epoch, next batch).
@@ -148,12 +134,14 @@ class PlanLoader:
         self,
         dataset: SpeechDataset,
         plan: BatchPlan,
+        rows: np.ndarray,
         rank: int,
         num_workers: int,
         place: Callable[[], tuple[int, int]],
     ) -> None:
         self.dataset = dataset
         self.plan = plan
+        self.rows = rows
         self.rank = rank
         self.skipped: set[str] = set()
         self._place = place
@@ -174,7 +162,7 @@ class PlanLoader:
     def __iter__(self) -> Iterator[Batch]:
         epoch, first = self._place()
         batches = self.plan.batches(epoch, self.rank)
-        self._keys[:] = [(epoch, number, rows) for number, rows in enumerate(batches)][first:]
+        self._keys[:] = [(epoch, number, self.rows[places]) for number, places in enumerate(batches)][first:]
         for batch in self._loader:
             for reason in set(batch.skipped) - self.skipped:
                 log.warning("skipped %s", reason)
@@ -198,6 +186,8 @@ class PlanLoader:
 
 class SpeechDataModule(LightningDataModule):
     """Training and validation batches from two manifests.
+
+    After `setup`, `selections["train"]` and `selections["valid"]` say what is used and what was left out.
 
     Args:
         train_manifest: cut set (JSONL) to train on.
@@ -254,6 +244,7 @@ class SpeechDataModule(LightningDataModule):
         self.augment = augment
         self._languages = languages
         self._datasets: dict[str, SpeechDataset] = {}
+        self.selections: dict[str, Selection] = {}
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -276,81 +267,75 @@ class SpeechDataModule(LightningDataModule):
         Raises:
             MoleError: nothing is left of a manifest; the message counts the reasons.
         """
-        wanted = {"fit": ("train", "valid"), "validate": ("valid",)}.get(stage or "fit", ())
-        for split in wanted:
+        splits = ("valid",) if stage == "validate" else ("train", "valid")
+        for split in splits:
             if split not in self._datasets:
-                self._datasets[split] = self._dataset(split)
+                self._datasets[split], self.selections[split] = self._prepare(split)
 
     def train_dataloader(self) -> PlanLoader:
         """Batches of the current epoch that are still to come."""
-        # Speed perturbation makes utterances longer: the slowest one must fit too.
-        slowdown = self.augment.longest_stretch if self.augment else 1.0
-        return self._loader("train", self.batch_seconds, slowdown, self._place, temperature=self.temperature)
+        return self._loader("train", self.batch_seconds, self._place, temperature=self.temperature)
 
     def val_dataloader(self) -> PlanLoader:
         """All validation batches, longest first, the same every time."""
-        return self._loader("valid", self.valid_batch_seconds, 1.0, lambda: (0, 0), shuffle=False)
+        return self._loader("valid", self.valid_batch_seconds, lambda: (0, 0), shuffle=False)
 
-    def selection(self, split: str) -> Selection:
-        """What is used of `train` or `valid`, and what was left out; after `setup`."""
-        return self._datasets[split].selection
-
-    def _place(self) -> tuple[int, int]:
-        """Epoch and next batch from Lightning's own counters, which its checkpoints carry."""
-        assert self.trainer is not None
-        loop = self.trainer.fit_loop
-        return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
+    def _prepare(self, split: str) -> tuple[SpeechDataset, Selection]:
+        """The dataset of a split, and which of its rows are used."""
+        path = Path(self.train_manifest if split == "train" else self.valid_manifest)
+        config = self.augment if split == "train" else None
+        manifest = Manifest(path)
+        ids = [self.languages.index(code) if code in self.languages else -1 for code in manifest.languages]
+        language_ids = np.array(ids, np.int64)[manifest.language_ids]
+        durations_s = manifest.durations_s.astype(np.float64)
+        selection = (
+            Selection(np.arange(len(manifest)))
+            .without("in a language the model does not have", language_ids < 0)
+            .without(f"longer than {self.max_seconds:g} s", durations_s > self.max_seconds)
+            .without(f"shorter than {self.min_seconds:g} s", durations_s < self.min_seconds)
+        )
+        labels = LabelTable.tokenize(manifest, selection.rows, self.tokenizer)
+        # Speed perturbation makes utterances shorter: the fastest version must still have a frame for every label.
+        shortest_s = durations_s * (config.shortest_stretch if config else 1.0)
+        frames = np.floor(shortest_s * 1000 / self.frame_shift_ms)
+        required = np.array([required_frames(labels[row]) for row in range(len(manifest))], np.int64)
+        selection = selection.without("with an empty text", labels.lengths == 0)
+        selection = selection.without("with more labels than frames", required > frames)
+        if len(selection.rows) == 0:
+            raise MoleError(
+                f"{path}: no utterance is left to {'train' if split == 'train' else 'validate'} on: {selection}"
+            )
+        log.info("%s: %s", path, selection)
+        return SpeechDataset(manifest, labels, language_ids, config, self.seed), selection
 
     def _loader(
         self,
         split: str,
         batch_seconds: float,
-        slowdown: float,
         place: Callable[[], tuple[int, int]],
         temperature: float = 1.0,
         shuffle: bool = True,
     ) -> PlanLoader:
-        dataset = self._datasets[split]
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        dataset, rows = self._datasets[split], self.selections[split].rows
+        # Speed perturbation makes utterances longer: the slowest version must fit into the batch.
+        stretch = dataset.augment_config.longest_stretch if dataset.augment_config else 1.0
         plan = BatchPlan(
-            durations_s=dataset.manifest.durations_s[dataset.selection.rows] * slowdown,
-            text_lengths=dataset.labels.lengths,
-            language_ids=dataset.language_ids,
+            durations_s=dataset.manifest.durations_s[rows] * stretch,
+            text_lengths=dataset.labels.lengths[rows],
+            language_ids=dataset.language_ids[rows],
             batch_seconds=batch_seconds,
             max_batch_labels=self.max_batch_labels,
             seed=self.seed,
             temperature=temperature,
-            world_size=world_size,
+            world_size=self.trainer.world_size if self.trainer else 1,
             shuffle=shuffle,
         )
-        return PlanLoader(dataset, plan, rank, self.num_workers, place)
+        rank = self.trainer.global_rank if self.trainer else 0
+        return PlanLoader(dataset, plan, rows, rank, self.num_workers, place)
 
-    def _dataset(self, split: str) -> SpeechDataset:
-        path = Path(self.train_manifest if split == "train" else self.valid_manifest)
-        config = self.augment if split == "train" else None
-        manifest = Manifest(path)
-        known = np.array([self.languages.index(code) if code in self.languages else -1 for code in manifest.languages])
-        selection = Selection(np.arange(len(manifest)))
-        language_ids = known[manifest.language_ids] if len(manifest) else np.zeros(0, np.int64)
-        selection = selection.without("of an unknown language", language_ids[selection.rows] < 0)
-        durations_s = manifest.durations_s
-        selection = selection.without(
-            f"longer than {self.max_seconds:g} s", durations_s[selection.rows] > self.max_seconds
-        )
-        selection = selection.without(
-            f"shorter than {self.min_seconds:g} s", durations_s[selection.rows] < self.min_seconds
-        )
-
-        labels = LabelTable.tokenize(manifest, selection.rows, self.tokenizer)
-        needed = np.array([required_frames(labels[i]) for i in range(len(labels))], np.int64)
-        # The fastest perturbed version must still have a frame for every label.
-        shortest_s = durations_s[selection.rows] * (config.shortest_stretch if config else 1.0)
-        short = needed > np.floor(shortest_s * 1000 / self.frame_shift_ms)
-        keep = (needed > 0) & ~short
-        labels = labels.take(np.flatnonzero(keep))
-        selection = selection.without("with an empty text", needed == 0)
-        selection = selection.without("with more labels than frames", short[needed > 0])
-        if len(selection.rows) == 0:
-            raise MoleError(f"{path}: no utterance is left for {split}; {selection}")
-        log.info("%s: %s", path.name, selection)
-        return SpeechDataset(manifest, selection, labels, language_ids[selection.rows], config, self.seed)
+    def _place(self) -> tuple[int, int]:
+        """Epoch and next batch from Lightning's own counters, which its checkpoints carry."""
+        if self.trainer is None:
+            return 0, 0
+        loop = self.trainer.fit_loop
+        return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
