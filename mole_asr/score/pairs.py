@@ -1,0 +1,189 @@
+"""Reads references and hypotheses, and pairs them by utterance id."""
+
+import json
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mole_asr.corpus.manifest import Manifest
+from mole_asr.corpus.normalize import normalize
+from mole_asr.errors import MoleError
+
+UNKNOWN_LANGUAGE = "und"  # ISO 639-2 "undetermined"
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One utterance of a reference or hypothesis file, as read; `reliability` is between 0 and 1."""
+
+    id: str
+    text: str
+    language: str | None = None
+    speaker: str | None = None
+    duration_s: float | None = None
+    reliability: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceFile:
+    """The sentences of one file, by id. `numbered` says that the ids are only line numbers."""
+
+    path: Path
+    sentences: dict[str, Sentence]
+    numbered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One utterance to score. Both texts are normalised in the reference's language."""
+
+    id: str
+    reference: str
+    hypothesis: str
+    language: str
+    speaker: str | None = None
+    duration_s: float | None = None
+    hypothesis_language: str | None = None
+    reliability: float | None = None
+
+
+def read_sentences(path: str | Path) -> SentenceFile:
+    """Reads a manifest, a JSONL file of transcripts, or plain text.
+
+    Lines that begin with `{` are JSON: cuts of a manifest, or objects with `id` and `text` (and, where known,
+    `language`, `reliability`, `speaker`, `duration_s`). Plain text has an id before the first tab where every
+    filled line has a tab, an id before the first space where the file is named `text` (Kaldi), and otherwise one
+    sentence a line, whose id is the line number.
+
+    Raises:
+        MoleError: the file is missing, empty or malformed, or holds an id twice.
+    """
+    path = Path(path)
+    first = next((line for line in _lines(path) if line.strip()), None)
+    if first is None:
+        raise MoleError(f"{path} is empty: give a manifest, transcripts (JSONL) or plain text")
+    if not first.lstrip().startswith("{"):
+        return _read_plain(path)
+    if "supervisions" in _parse(path, 1, first) or "recording" in _parse(path, 1, first):
+        return SentenceFile(path, _by_id(path, _read_manifest(path)), numbered=False)
+    return SentenceFile(path, _by_id(path, _read_transcripts(path)), numbered=False)
+
+
+def pair(
+    references: SentenceFile, hypotheses: SentenceFile, language: str | None, fold_accents: Collection[str]
+) -> tuple[list[Pair], list[str]]:
+    """Pairs by id, in the order of the references; a reference without hypothesis is paired with the empty text.
+
+    Args:
+        references: what was said.
+        hypotheses: what was recognised.
+        language: the language of references that name none.
+        fold_accents: languages scored without accents.
+
+    Returns:
+        The pairs, and the ids of the references that have no hypothesis.
+
+    Raises:
+        MoleError: a hypothesis has an id that is not among the references, or the files cannot be paired by line.
+    """
+    _check_pairing(references, hypotheses)
+    pairs = []
+    for id, said in references.sentences.items():
+        heard = hypotheses.sentences.get(id, Sentence(id, ""))
+        code = said.language or language or UNKNOWN_LANGUAGE
+        fold = code in fold_accents
+        pairs.append(
+            Pair(
+                id,
+                reference=normalize(said.text, code, fold_accents=fold),
+                hypothesis=normalize(heard.text, code, fold_accents=fold),
+                language=code,
+                speaker=said.speaker,
+                duration_s=heard.duration_s if said.duration_s is None else said.duration_s,
+                hypothesis_language=heard.language,
+                reliability=heard.reliability,
+            )
+        )
+    return pairs, [id for id in references.sentences if id not in hypotheses.sentences]
+
+
+def _check_pairing(references: SentenceFile, hypotheses: SentenceFile) -> None:
+    said, heard = references.sentences, hypotheses.sentences
+    if references.numbered != hypotheses.numbered:
+        bare, other = (references, hypotheses) if references.numbered else (hypotheses, references)
+        raise MoleError(f"{bare.path} has no utterance ids but {other.path} has: write lines of id<TAB>text")
+    if references.numbered and len(said) != len(heard):
+        raise MoleError(
+            f"{references.path} has {len(said)} lines and {hypotheses.path} {len(heard)}: "
+            "sentences without ids are paired by line, so give as many lines, or write id<TAB>text"
+        )
+    unknown = [id for id in heard if id not in said]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise MoleError(f"{hypotheses.path}: utterance {unknown[0]!r}{more} not in {references.path}: remove or rename")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    # newline="\n": only line feeds end a line; U+2028 and the like may stand inside a sentence.
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for line in file:
+                yield line.rstrip("\r\n")
+    except OSError as error:
+        raise MoleError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise MoleError(f"{path} is not UTF-8 text: convert it first") from None
+
+
+def _parse(path: Path, number: int, line: str) -> dict:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise MoleError(f"{path}, line {number} is not JSON ({error.msg}): write one object a line") from None
+    if not isinstance(value, dict):
+        raise MoleError(f"{path}, line {number} is not a JSON object: write one object a line")
+    return value
+
+
+def _read_manifest(path: Path) -> Iterator[Sentence]:
+    manifest = Manifest(path)
+    for row in range(len(manifest)):
+        utterance = manifest[row]
+        yield Sentence(
+            utterance.id, utterance.text, utterance.language or None, utterance.speaker, utterance.duration_s
+        )
+
+
+def _read_transcripts(path: Path) -> Iterator[Sentence]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        value = _parse(path, number, line)
+        if not isinstance(value.get("text"), str) or "id" not in value:
+            raise MoleError(f"{path}, line {number} lacks 'id' or 'text': every transcript needs both")
+        optional = {key: value.get(key) for key in ("language", "speaker", "duration_s", "reliability")}
+        if not isinstance(optional["reliability"], int | float | None):
+            raise MoleError(
+                f"{path}, line {number}: reliability {optional['reliability']!r} is not a number from 0 to 1"
+            )
+        yield Sentence(str(value["id"]), value["text"], **optional)
+
+
+def _read_plain(path: Path) -> SentenceFile:
+    lines = list(_lines(path))
+    filled = [line for line in lines if line.strip()]
+    separator = "\t" if all("\t" in line for line in filled) else " " if path.name == "text" else None
+    if separator is None:
+        sentences = {str(number): Sentence(str(number), line) for number, line in enumerate(lines, 1)}
+        return SentenceFile(path, sentences, numbered=True)
+    parts = (line.partition(separator) for line in filled)
+    return SentenceFile(path, _by_id(path, (Sentence(id.strip(), text) for id, _, text in parts)), numbered=False)
+
+
+def _by_id(path: Path, sentences: Iterable[Sentence]) -> dict[str, Sentence]:
+    table: dict[str, Sentence] = {}
+    for sentence in sentences:
+        if sentence.id in table:
+            raise MoleError(f"{path}: utterance {sentence.id!r} stands twice: keep one")
+        table[sentence.id] = sentence
+    return table
