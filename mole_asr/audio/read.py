@@ -212,4 +212,5 @@ def _av_blocks(path: Path) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """What went wrong, without the path that FFmpeg repeats."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())

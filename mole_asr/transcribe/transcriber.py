@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, Union
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mole_asr.asr.model import MoleModel
     from mole_asr.corpus.manifest import Utterance
 
-Input: TypeAlias = "str | Path | np.ndarray | Utterance"
+Input: TypeAlias = Union[str, Path, np.ndarray, "Utterance"]
 
 SAMPLING_RATE_HZ = 16000
 # Sorting needs a choice of segments; more of them would only delay the first text and take more memory.
@@ -134,6 +134,7 @@ class Transcriber:
 
     def _windows(self, inputs: Iterable[Input], window_s: float) -> Iterator[list[_Recording]]:
         window: list[_Recording] = []
+        seconds = 0.0
         for index, item in enumerate(inputs):
             try:
                 name, audio_S = _read(item, index)
@@ -141,9 +142,10 @@ class Transcriber:
                 self.failures.append((_name(item, index), str(error)))
                 continue
             window.append(_cut(name, audio_S, self.max_seconds))
-            if sum(recording.duration_s for recording in window) >= window_s:
+            seconds += window[-1].duration_s
+            if seconds >= window_s:
                 yield window
-                window = []
+                window, seconds = [], 0.0
         yield window
 
     @torch.inference_mode()

@@ -1,0 +1,212 @@
+"""The `transcribe` verb: files, folders and manifests in, text files out."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mole_asr.errors import MoleError
+from mole_asr.files import atomic_path, write_text
+from mole_asr.transcribe.transcript import Transcript
+from mole_asr.transcribe.writers import WRITERS
+
+if TYPE_CHECKING:
+    from mole_asr.corpus.manifest import Manifest
+    from mole_asr.transcribe.transcriber import Input, Transcriber
+
+
+@dataclass(slots=True)
+class TranscribeResult:
+    """What was done.
+
+    Attributes:
+        files: recordings (or utterances of manifests) that have a transcript.
+        audio_s: their length.
+        seconds: time it took, loading of the model left out.
+        failures: (id, reason) of each that was skipped.
+    """
+
+    files: int = 0
+    audio_s: float = 0.0
+    seconds: float = 0.0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def real_time_factor(self) -> float:
+        """Seconds of work for a second of sound; 0 if there was none."""
+        return self.seconds / self.audio_s if self.audio_s else 0.0
+
+    def add(self, other: "TranscribeResult") -> None:
+        """Adds the counts of another part of the work."""
+        self.files += other.files
+        self.audio_s += other.audio_s
+        self.seconds += other.seconds
+        self.failures += other.failures
+
+
+def transcribe(
+    files: list[str],
+    model: str,
+    language: str | None = None,
+    format: str | Sequence[str] = "txt",
+    output: str | None = None,
+    batch_seconds: float = 240.0,
+) -> TranscribeResult:
+    """Transcribes audio files, folders of them, and manifests.
+
+    Each text is printed as soon as it is known. A file `x.wav` gives `x.txt`, `x.srt` and so on; the files of a folder
+    keep their places below it; where two inputs would give the same name, the later one gets a number (`x-2.txt`).
+    A manifest `x.jsonl` gives one file `x.jsonl` of the json format, a line an utterance, whatever the formats, and
+    `x.stats.json` with `audio_s`, `seconds` and `real_time_factor`. A file that cannot be read is skipped and reported
+    at the end.
+
+    Args:
+        files: audio files of any kind, folders to be walked for them, or manifests (.jsonl).
+        model: folder of the trained model.
+        language: code of the language spoken; left out, the model finds it.
+        format: output formats, separated by commas: txt, json, srt, vtt, tsv, ctm.
+        output: folder for the results. Left out, texts are only printed, and other formats and manifests go to the
+            current folder.
+        batch_seconds: seconds of sound that are recognised at once; less needs less memory.
+
+    Returns:
+        Counts and failures.
+
+    Raises:
+        MoleError: nothing to transcribe, an unknown format or language, a model that does not load.
+    """
+    from mole_asr.transcribe.transcriber import load
+
+    formats = _formats(format)
+    recordings, manifests, failures = _find_inputs(files)
+    folder = None if output is None and formats == ["txt"] else Path(output or ".")
+    names = _output_names(recordings)
+    manifest_jobs = _manifest_jobs(manifests, folder or Path())
+    transcriber = load(model)
+    total = TranscribeResult(failures=failures)
+    for transcript in _run(transcriber, recordings, language, batch_seconds, total):
+        if folder is not None:
+            for name in formats:
+                write_text(folder / f"{names[transcript.id]}.{name}", WRITERS[name](transcript))
+    for manifest, path in manifest_jobs:
+        total.add(_transcribe_manifest(transcriber, manifest, path, language, batch_seconds))
+    _print_summary(total)
+    return total
+
+
+def _manifest_jobs(manifests: list[Path], folder: Path) -> "list[tuple[Manifest, Path]]":
+    """Opens the manifests, so that a bad one stops the command before the work, and names their results."""
+    from mole_asr.corpus.manifest import Manifest
+
+    names = _output_names({path: Path(path.stem) for path in manifests})
+    jobs = [(path, folder / f"{names[str(path)]}.jsonl") for path in manifests]
+    for path, result in jobs:
+        if result.resolve() in [other.resolve() for other in manifests]:
+            raise MoleError(f"{path}: its transcripts would overwrite a manifest; give another folder with --output")
+    return [(Manifest(path), result) for path, result in jobs]
+
+
+def _transcribe_manifest(
+    transcriber: "Transcriber", manifest: "Manifest", path: Path, language: str | None, batch_seconds: float
+) -> TranscribeResult:
+    """Writes one line an utterance to `path`, and the time it took beside it."""
+    utterances = (manifest[row] for row in range(len(manifest)))
+    result = TranscribeResult()
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for transcript in _run(transcriber, utterances, language, batch_seconds, result):
+            file.write(json.dumps(transcript.to_dict(), ensure_ascii=False) + "\n")
+    stats = {"audio_s": result.audio_s, "seconds": result.seconds, "real_time_factor": result.real_time_factor}
+    write_text(path.with_suffix(".stats.json"), json.dumps({k: round(v, 4) for k, v in stats.items()}) + "\n")
+    return result
+
+
+def _run(
+    transcriber: "Transcriber",
+    inputs: "Iterable[Input]",
+    language: str | None,
+    batch_seconds: float,
+    result: TranscribeResult,
+) -> Iterator[Transcript]:
+    """Prints and passes on each transcript; the counts are complete when the iterator is at its end."""
+    start = time.perf_counter()
+    for transcript in transcriber.transcribe(inputs, language=language, batch_seconds=batch_seconds):
+        label = f" [{transcript.language}]" if transcript.language else ""
+        print(f"{transcript.id}{label}: {transcript.text}", flush=True)
+        result.files += 1
+        result.audio_s += transcript.duration_s
+        yield transcript
+    result.seconds += time.perf_counter() - start
+    result.failures += transcriber.failures
+
+
+def _formats(format: str | Sequence[str]) -> list[str]:
+    names = format.split(",") if isinstance(format, str) else format
+    formats = list(dict.fromkeys(name.strip().lower() for name in names if name.strip()))
+    unknown = [name for name in formats if name not in WRITERS]
+    if unknown or not formats:
+        raise MoleError(f"format '{', '.join(unknown)}': choose among {', '.join(WRITERS)}, separated by commas")
+    return formats
+
+
+def _find_inputs(files: list[str]) -> tuple[dict[Path, Path], list[Path], list[tuple[str, str]]]:
+    """Sorts the arguments.
+
+    Returns:
+        Audio files, each once, with the name of its results (a relative path without suffix); manifests; failures.
+    """
+    from mole_asr.audio.read import AUDIO_SUFFIXES
+
+    recordings: dict[Path, Path] = {}
+    manifests: list[Path] = []
+    failures = []
+    seen: set[Path] = set()
+    for path in map(Path, files):
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())
+            if not found:
+                failures.append((str(path), f"{path}: no audio file in this folder"))
+        else:
+            found = [path]
+        for file in found:
+            if file.resolve() in seen:
+                continue
+            seen.add(file.resolve())
+            if file.suffix.lower() == ".jsonl":
+                manifests.append(file)
+            else:
+                recordings[file] = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("")
+    if not recordings and not manifests:
+        raise MoleError(failures[0][1] if failures else "no input: name audio files, folders or manifests")
+    return recordings, manifests, failures
+
+
+def _output_names(wanted_names: dict[Path, Path]) -> dict[str, Path]:
+    """Names no two of which are the same, even where the file system ignores case: transcript id -> name."""
+    taken: set[str] = set()
+    names = {}
+    for file, wanted in wanted_names.items():
+        name, number = wanted, 1
+        while str(name).lower() in taken:
+            number += 1
+            name = wanted.with_name(f"{wanted.name}-{number}")
+        taken.add(str(name).lower())
+        names[str(file)] = name
+        if number > 1:
+            print(f"{file}: '{wanted}' is the name of another input; results go to '{name}'", file=sys.stderr)
+    return names
+
+
+def _print_summary(total: TranscribeResult) -> None:
+    """Goes to standard error: standard output is for the texts."""
+    print(
+        f"{total.files} recordings, {total.audio_s:.1f} s of sound in {total.seconds:.1f} s "
+        f"(real-time factor {total.real_time_factor:.3f})",
+        file=sys.stderr,
+    )
+    if total.failures:
+        print(f"{len(total.failures)} skipped:", file=sys.stderr)
+        for name, reason in total.failures:
+            print(f"  {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)

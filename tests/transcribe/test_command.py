@@ -1,0 +1,120 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mole_asr.corpus.manifest import Utterance, write_manifest
+
+from mole_asr.errors import MoleError
+from mole_asr.transcribe.command import transcribe
+from mole_asr.transcribe.transcriber import Transcriber
+from mole_asr.transcribe.transcript import Transcript
+
+from .conftest import write_sound
+
+AB, CD = [2, 3, 0, 0], [4, 4, 5, 0]
+
+
+@pytest.fixture(autouse=True)
+def fake_load(monkeypatch: pytest.MonkeyPatch, transcriber: Transcriber, tmp_path: Path) -> None:
+    monkeypatch.setattr("mole_asr.transcribe.transcriber.load", lambda folder: transcriber)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_prints_texts_and_writes_nothing_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_sound(tmp_path / "a.wav", AB * 25)
+    result = transcribe([str(path)], model="m")
+    shown = capsys.readouterr()
+    assert shown.out == f"{path} [en]: {' '.join(['ab'] * 25)}\n"
+    assert "1 recordings, 4.0 s of sound" in shown.err
+    assert (result.files, result.failures) == (1, [])
+    assert result.audio_s == pytest.approx(4.0)
+    assert result.seconds > 0
+    assert result.real_time_factor == result.seconds / result.audio_s
+    assert files_below(tmp_path / "cwd") == set()
+
+
+def test_formats_go_to_the_current_folder_or_the_one_given(tmp_path: Path) -> None:
+    path = write_sound(tmp_path / "a.b.wav", AB)
+    transcribe([str(path)], model="m", format="srt, json")
+    assert files_below(tmp_path / "cwd") == {"a.b.srt", "a.b.json"}
+    assert Transcript.from_dict(json.loads((tmp_path / "cwd" / "a.b.json").read_text())).text == "ab"
+    transcribe([str(path)], model="m", output=str(tmp_path / "out"))
+    assert files_below(tmp_path / "out") == {"a.b.txt"}
+    transcribe([str(path)], model="m", format=["txt", "json", "srt", "vtt", "tsv", "ctm"], output=str(tmp_path / "all"))
+    assert len(files_below(tmp_path / "all")) == 6
+
+
+def test_folders_keep_their_shape_and_equal_names_get_numbers(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for name in ("x.wav", "one/x.wav", "one/two/X.flac", "x-2.wav"):
+        write_sound(source / name, AB)
+    (source / "x.txt").write_text("a reference")
+    other, again = write_sound(tmp_path / "other" / "x.wav", CD), source / "one" / "x.wav"
+    result = transcribe([str(source), str(other), str(again)], model="m", output=str(tmp_path / "out"))
+    assert result.files == 5
+    assert files_below(tmp_path / "out") == {"x.txt", "x-2.txt", "x-3.txt", "one/x.txt", "one/two/X.txt"}
+    assert (tmp_path / "out" / "x-3.txt").read_text() == "cd\n"
+    assert (source / "x.txt").read_text() == "a reference"
+
+
+def test_a_manifest_gives_one_file_and_its_speed(tmp_path: Path) -> None:
+    path = write_sound(tmp_path / "a.wav", AB + CD)
+    broken = tmp_path / "gone.wav"
+    cuts = [
+        Utterance("u1", path, 0.0, 0.16, 16000, "x", "en", num_samples=5120),
+        Utterance("u2", path, 0.16, 0.16, 16000, "y", "en", num_samples=5120),
+        Utterance("u3", broken, 0.0, 0.16, 16000, "z", "en", num_samples=5120),
+    ]
+    write_manifest(cuts, tmp_path / "cuts_test.jsonl")
+    result = transcribe([str(tmp_path / "cuts_test.jsonl")], model="m", output=str(tmp_path / "out"))
+    assert files_below(tmp_path / "out") == {"cuts_test.jsonl", "cuts_test.stats.json"}
+    lines = (tmp_path / "out" / "cuts_test.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [Transcript.from_dict(json.loads(line)) for line in lines]
+    assert [(transcript.id, transcript.text) for transcript in found] == [("u1", "ab"), ("u2", "cd")]
+    stats = json.loads((tmp_path / "out" / "cuts_test.stats.json").read_text())
+    assert set(stats) == {"audio_s", "seconds", "real_time_factor"}
+    assert stats["audio_s"] == pytest.approx(0.32)
+    assert [name for name, _ in result.failures] == ["u3"]
+    with pytest.raises(MoleError, match="overwrite"):
+        transcribe([str(tmp_path / "cuts_test.jsonl")], model="m", output=str(tmp_path))
+
+
+def test_failures_are_reported_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = write_sound(tmp_path / "good.wav", AB)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.wav").write_text("no sound")
+    names = [str(tmp_path / name) for name in ("missing.wav", "bad.wav", "empty")]
+    result = transcribe([*names, str(good)], model="m", output="out")
+    assert result.files == 1
+    assert {name for name, _ in result.failures} == set(names)
+    assert files_below(tmp_path / "cwd") == {"out/good.txt"}
+    errors = capsys.readouterr().err
+    assert "3 skipped" in errors
+    assert all(errors.count(name) == 1 for name in names)
+
+
+def test_wrong_arguments_stop_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = write_sound(tmp_path / "good.wav", AB)
+    with pytest.raises(MoleError, match=r"'xml'.*txt, json"):
+        transcribe([str(good)], model="m", format="txt,xml")
+    with pytest.raises(MoleError, match=r"'de'.*en, fr"):
+        transcribe([str(good)], model="m", language="de")
+    with pytest.raises(MoleError, match="no input"):
+        transcribe([], model="m")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MoleError, match="empty: no audio file"):
+        transcribe([str(tmp_path / "empty")], model="m")
+    assert capsys.readouterr().out == ""
+
+
+def test_importing_the_command_imports_no_torch() -> None:
+    code = "import sys, mole_asr.transcribe.command; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
