@@ -74,7 +74,8 @@ def read_audio(
         with sound:
             audio_S, file_rate_hz = _read_soundfile(sound, path, start_s, duration_s), sound.samplerate
     if audio_S.size == 0:
-        raise MoleError(f"{path}: no sound at or after {start_s:g} s; the file is empty or shorter than that")
+        where = f" at or after {start_s:g} s; the file is shorter than that" if start_s else ""
+        raise MoleError(f"{path}: holds no sound{where}")
     if not np.isfinite(audio_S).all():
         raise MoleError(f"{path}: holds samples that are NaN or infinite; export the recording again")
     return resample(audio_S, file_rate_hz, sampling_rate_hz)
