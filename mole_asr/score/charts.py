@@ -94,11 +94,12 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     """One panel a quantity, training and validation together; loss and error rates come first."""
     names = {name.split("/", 1)[1] for name in curves}
     ordered = sorted(names, key=lambda name: (*(not name.startswith(first) for first in _FIRST_CURVES), name))
-    rows = math.ceil(len(ordered) / 3)
+    columns = min(len(ordered), 3)
+    rows = math.ceil(len(ordered) / columns)
 
     def paint(figure: Figure) -> None:
         for place, name in enumerate(ordered, 1):
-            axes = figure.add_subplot(rows, 3, place)
+            axes = figure.add_subplot(rows, columns, place)
             for fold, colour in _FOLDS.items():
                 if points := curves.get(f"{fold}/{name}"):
                     steps, values = zip(*points, strict=True)

@@ -10,6 +10,7 @@ from mole_asr.corpus.normalize import normalize
 from mole_asr.errors import MoleError
 
 UNKNOWN_LANGUAGE = "und"  # ISO 639-2 "undetermined"
+_OPTIONAL = {"language": str, "speaker": str, "duration_s": int | float, "reliability": int | float}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +162,12 @@ def _read_transcripts(path: Path) -> Iterator[Sentence]:
         value = _parse(path, number, line)
         if not isinstance(value.get("text"), str) or "id" not in value:
             raise MoleError(f"{path}, line {number} lacks 'id' or 'text': every transcript needs both")
-        optional = {key: value.get(key) for key in ("language", "speaker", "duration_s", "reliability")}
-        if not isinstance(optional["reliability"], int | float | None):
-            raise MoleError(
-                f"{path}, line {number}: reliability {optional['reliability']!r} is not a number from 0 to 1"
-            )
+        optional = {key: value.get(key) for key in _OPTIONAL}
+        for key, kind in _OPTIONAL.items():
+            if not isinstance(optional[key], kind | None):
+                raise MoleError(f"{path}, line {number}: {key} {optional[key]!r} is of the wrong type: correct it")
+        if not 0 <= (optional["reliability"] or 0) <= 1:
+            raise MoleError(f"{path}, line {number}: reliability {optional['reliability']} is not between 0 and 1")
         yield Sentence(str(value["id"]), value["text"], **optional)
 
 
