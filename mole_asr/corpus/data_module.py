@@ -303,7 +303,7 @@ class SpeechDataModule(LightningDataModule):
         selection = selection.without("with more labels than frames", required > frames)
         if len(selection.rows) == 0:
             raise MoleError(
-                f"{path}: no utterance is left to {'train' if split == 'train' else 'validate'} on: {selection}"
+                f"{path}: nothing to {'train' if split == 'train' else 'validate'} on: {selection}"
             )
         log.info("%s: %s", path, selection)
         return SpeechDataset(manifest, labels, language_ids, config, self.seed), selection
@@ -337,5 +337,4 @@ class SpeechDataModule(LightningDataModule):
         """Epoch and next batch from Lightning's own counters, which its checkpoints carry."""
         if self.trainer is None:
             return 0, 0
-        loop = self.trainer.fit_loop
-        return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
+        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
