@@ -109,7 +109,8 @@ class LanguageRouter(Router):
         """
         if context is None or context.language_logits is None:
             raise ValueError("LanguageRouter needs a context with language_logits")
-        logits_UN = self._units(context, context.language_logits, "language_logits").float()
+        logits_UN = self._units(context, context.language_logits, "language_logits")
+        logits_UN = logits_UN.to(torch.promote_types(logits_UN.dtype, torch.float32))
         if logits_UN.shape[-1] != self.num_languages:
             raise ValueError(f"language_logits must be for {self.num_languages} languages, not {logits_UN.shape[-1]}")
         scaled_UN = logits_UN / self.temperature
@@ -159,7 +160,7 @@ class LanguageRouter(Router):
         if self.reliability == "sigmoid":
             if context.reliability_logits is None:
                 raise ValueError("the reliability 'sigmoid' needs reliability_logits in the context")
-            return self._units(context, context.reliability_logits, "reliability_logits").float().sigmoid()
+            return self._units(context, context.reliability_logits, "reliability_logits").to(p_UN.dtype).sigmoid()
         if self.reliability == "entropy" and self.num_languages > 1:
             entropy_U = torch.special.entr(p_UN).sum(-1)
             return 1 - entropy_U / math.log(self.num_languages)

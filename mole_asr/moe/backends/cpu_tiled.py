@@ -15,9 +15,10 @@ def run(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
     """Compute the plan in tiles of gathered rows; see `dispatch`."""
     limit = tile_rows(experts, compute_dtype(x_ND))
     key = ("cpu_tiled", limit)
+    token_plan = plan.to_token_layout(x_ND.shape[0])
     if key not in plan.schedules:
-        plan.schedules[key] = _schedule(plan.to_token_layout(x_ND.shape[0]), limit)
-    return run_tiles(x_ND, plan.to_token_layout(x_ND.shape[0]), experts, plan.schedules[key])
+        plan.schedules[key] = _schedule(token_plan, limit)
+    return run_tiles(x_ND, token_plan, experts, plan.schedules[key])
 
 
 def _schedule(plan: RoutingPlan, limit: int) -> Schedule:

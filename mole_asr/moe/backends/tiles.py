@@ -95,55 +95,91 @@ class _TiledExperts(torch.autograd.Function):
         tiles, activation, dtype, training = recipe
         keep_outputs = training and ctx.needs_input_grad[1]
         weights = _cast_used(tiles, parameters, dtype)
-        x = x_ND.to(dtype)
-        y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(dtype, torch.float32))
+        y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
         kept: list[Tensor | None] = []
         for expert, rows, pairs in tiles:
             w1_FD, b1_F, w2_DF, b2_D = weights[expert]
-            z_nF = functional.linear(x[rows], w1_FD, b1_F)
+            z_nF = functional.linear(x_ND[rows].to(dtype), w1_FD, b1_F)
             a_nF = activate(z_nF, activation)
             out_nD = functional.linear(a_nF, w2_DF, b2_D)
-            _add_rows(y_ND, rows, out_nD * gates_P[pairs, None])
+            if isinstance(rows, slice):
+                y_ND[rows].addcmul_(out_nD, gates_P[pairs, None])
+            else:
+                y_ND.index_add_(0, rows, (out_nD * gates_P[pairs, None]).to(y_ND.dtype))
             if training:
                 kept += [None if activation == "relu" else z_nF, a_nF, out_nD if keep_outputs else None]
         if training:
             ctx.recipe, ctx.experts = recipe, list(weights)
             ctx.like = [None if p is None else (p.shape, p.dtype) for p in parameters]
-            ctx.x_dtype = x_ND.dtype
             flat_weights = [tensor for expert_weights in weights.values() for tensor in expert_weights]
-            ctx.save_for_backward(x, gates_P, *flat_weights, *kept)
+            ctx.save_for_backward(x_ND, gates_P, *flat_weights, *kept)
         return y_ND.to(x_ND.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x, gates_P, *saved = ctx.saved_tensors
+        x_ND, gates_P, *saved = ctx.saved_tensors
         weights = {expert: ExpertWeights(*saved[4 * i : 4 * i + 4]) for i, expert in enumerate(ctx.experts)}
         kept = iter(saved[4 * len(weights) :])
         need_x, need_gates = ctx.needs_input_grad[:2]
-        dx_ND = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if need_x else None
-        dgates_P = torch.zeros_like(gates_P) if need_gates else None
-        grads = [None if like is None else torch.zeros(like[0], dtype=like[1], device=x.device) for like in ctx.like]
-        with torch.autocast(x.device.type, enabled=False):
+        dtype = ctx.recipe.dtype
+        dx_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32)) if need_x else None
+        dgates_P = torch.empty_like(gates_P) if need_gates else None
+        grads = _ParameterGradients(ctx.like, x_ND.device) if any(ctx.needs_input_grad[3:]) else None
+        with torch.autocast(x_ND.device.type, enabled=False):
             for expert, rows, pairs in ctx.recipe.tiles:
                 z_nF, a_nF, out_nD = next(kept), next(kept), next(kept)
                 w1_FD, _, w2_DF, _ = weights[expert]
                 dy_nD = dy_ND[rows]
                 if dgates_P is not None:
                     dgates_P[pairs] = (dy_nD * out_nD).sum(-1, dtype=dgates_P.dtype)
-                dout_nD = (dy_nD * gates_P[pairs, None]).to(x.dtype)
+                dout_nD = (dy_nD * gates_P[pairs, None]).to(dtype)
                 dz_nF = _activation_backward(dout_nD @ w2_DF, z_nF, a_nF, ctx.recipe.activation)
-                if dx_ND is not None:
-                    _add_rows(dx_ND, rows, dz_nF @ w1_FD)
-                dw1, db1, dw2, db2 = (
-                    grads[4:] if expert == SHARED else (g if g is None else g[expert] for g in grads[:4])
-                )
-                _add_product(dw1, dz_nF, x[rows])
-                _add_product(dw2, dout_nD, a_nF)
-                if db1 is not None and db2 is not None:
-                    db1 += dz_nF.sum(0, dtype=db1.dtype)
-                    db2 += dout_nD.sum(0, dtype=db2.dtype)
-        return (None if dx_ND is None else dx_ND.to(ctx.x_dtype), dgates_P, None, *grads)
+                if dx_ND is not None and isinstance(rows, slice):
+                    dx_ND[rows] += dz_nF @ w1_FD
+                elif dx_ND is not None:
+                    dx_ND.index_add_(0, rows, (dz_nF @ w1_FD).to(dx_ND.dtype))
+                if grads is not None:
+                    grads.add(expert, x_ND[rows].to(dtype), dz_nF, a_nF, dout_nD)
+        if dx_ND is not None:
+            dx_ND = dx_ND.to(x_ND.dtype)
+        return (dx_ND, dgates_P, None, *([None] * 8 if grads is None else grads.finish()))
+
+
+class _ParameterGradients:
+    """Gradients of all parameters, summed over tiles. Memory is written when an expert first has rows, not before."""
+
+    def __init__(self, like: list[tuple[torch.Size, torch.dtype] | None], device: torch.device) -> None:
+        self.grads = [None if one is None else torch.empty(one[0], dtype=one[1], device=device) for one in like]
+        self.seen: set[int] = set()
+
+    def add(self, expert: int, x_nD: Tensor, dz_nF: Tensor, a_nF: Tensor, dout_nD: Tensor) -> None:
+        """Add one tile's share."""
+        first = expert not in self.seen
+        self.seen.add(expert)
+        dw1_FD, db1_F, dw2_DF, db2_D = _of_expert(self.grads, expert)
+        for total, left, right in ((dw1_FD, dz_nF, x_nD), (dw2_DF, dout_nD, a_nF)):
+            assert total is not None
+            if total.dtype != left.dtype:  # float32 gradients of products in a smaller type
+                product = left.t() @ right
+                total.copy_(product) if first else total.add_(product)
+            else:
+                torch.mm(left.t(), right, out=total) if first else total.addmm_(left.t(), right)
+        for bias, rows in ((db1_F, dz_nF), (db2_D, dout_nD)):
+            if bias is not None:
+                bias.copy_(rows.sum(0)) if first else bias.add_(rows.sum(0))
+
+    def finish(self) -> list[Tensor | None]:
+        """All gradients; zero for the experts without rows."""
+        stack = [grad for grad in self.grads[:4] if grad is not None]
+        shared = [grad for grad in self.grads[4:] if grad is not None]
+        for grad in stack:
+            for expert in set(range(grad.shape[0])) - self.seen:
+                grad[expert].zero_()
+        if SHARED not in self.seen:
+            for grad in shared:
+                grad.zero_()
+        return self.grads
 
 
 def _cast_used(
@@ -163,22 +199,6 @@ def _of_expert(tensors: Sequence[Tensor | None], expert: int) -> Sequence[Tensor
     if expert == SHARED:
         return tensors[4:]
     return [None if tensor is None else tensor[expert] for tensor in tensors[:4]]
-
-
-def _add_rows(total_ND: Tensor, rows: slice | Tensor, part_nD: Tensor) -> None:
-    if isinstance(rows, slice):
-        total_ND[rows] += part_nD
-    else:
-        total_ND.index_add_(0, rows, part_nD.to(total_ND.dtype))
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> None:
-    """Add left^T right to a gradient, which is float32 where the products are in a smaller type."""
-    assert total is not None
-    if total.dtype == left.dtype:
-        total.addmm_(left.t(), right)
-    else:
-        total += left.t() @ right
 
 
 def _activation_backward(da_nF: Tensor, z_nF: Tensor | None, a_nF: Tensor, activation: Activation) -> Tensor:
