@@ -5,7 +5,6 @@ The order is `BatchPlan` (which rows) -> `SpeechDataset` (reads and augments the
 
 import logging
 from array import array
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -302,9 +301,7 @@ class SpeechDataModule(LightningDataModule):
         selection = selection.without("with an empty text", labels.lengths == 0)
         selection = selection.without("with more labels than frames", required > frames)
         if len(selection.rows) == 0:
-            raise MoleError(
-                f"{path}: nothing to {'train' if split == 'train' else 'validate'} on: {selection}"
-            )
+            raise MoleError(f"{path}: nothing to {'train' if split == 'train' else 'validate'} on: {selection}")
         log.info("%s: %s", path, selection)
         return SpeechDataset(manifest, labels, language_ids, config, self.seed), selection
 
