@@ -3,8 +3,8 @@
 Letters: B batch, S samples, U labels.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -42,14 +42,14 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """A copy with every tensor on `device`."""
-        return replace(self, **{name: t.to(device, non_blocking=non_blocking) for name, t in self._tensors().items()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """A copy with every tensor in pinned memory, for fast transfers to a GPU."""
-        return replace(self, **{name: t.pin_memory() for name, t in self._tensors().items()})
+        return self._map(Tensor.pin_memory)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def collate(examples: Sequence[Example], skipped: Sequence[str] = ()) -> Batch:
 
 def _pad(arrays: Sequence[np.ndarray], dtype: type) -> Tensor:
     """Stacks 1-D arrays as rows, filled up with 0."""
-    padded = np.zeros((len(arrays), max(map(len, arrays))), dtype)
+    padded: np.ndarray = np.zeros((len(arrays), max(map(len, arrays))), dtype)
     for row, array in zip(padded, arrays, strict=True):
         row[: len(array)] = array
     return torch.from_numpy(padded)
