@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mole_asr.corpus.languages import check_language
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 from mole_asr.score.bootstrap import RESAMPLES, Difference
@@ -131,6 +132,8 @@ def score(
     """
     if output is not None and Path(output).suffix not in (".json", ".html"):
         raise MoleError(f"output {output}: the name must end in .json or .html")
+    if language is not None:
+        check_language(language)
     references = read_sentences(reference)
     pairs, missing = pair(references, read_sentences(hypothesis), language, fold_accents)
     counts_NC = counts_N4 = count_errors(pairs)

@@ -123,6 +123,8 @@ def test_plain_text_by_line(tmp_path: Path) -> None:
     report = score(tmp_path / "r.txt", tmp_path / "h.txt", language="de")
     assert list(report.languages) == ["de"] and report.pooled.wer == pytest.approx(100 / 3)
     assert "hours" not in str(report)
+    with pytest.raises(MoleError, match="German"):
+        score(tmp_path / "r.txt", tmp_path / "h.txt", language="German")
 
 
 def test_output_files(files: tuple[Path, Path], tmp_path: Path) -> None:
