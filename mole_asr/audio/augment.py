@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_asr.audio.read import resample
+from mole_asr.errors import MoleError
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,16 @@ class AugmentConfig:
     gain_probability: float = 0.5
     min_gain_db: float = -12.0
     max_gain_db: float = 6.0
+
+    def __post_init__(self) -> None:
+        for name in ("speed_probability", "noise_probability", "telephone_probability", "gain_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise MoleError(f"{name}: {getattr(self, name)} is no probability; give a number from 0 to 1")
+        for name in ("snr_db", "gain_db"):
+            if getattr(self, f"min_{name}") > getattr(self, f"max_{name}"):
+                raise MoleError(f"min_{name}: {getattr(self, f'min_{name}')} is above max_{name}; swap the two")
+        if not self.speeds or not all(0.5 <= speed <= 2 for speed in self.speeds):
+            raise MoleError(f"speeds: {list(self.speeds)}; give at least one factor from 0.5 to 2")
 
     @property
     def longest_stretch(self) -> float:

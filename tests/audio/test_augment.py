@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mole_asr.audio.augment import AugmentConfig, SpecAugment, add_noise, augment, change_speed, telephone
+from mole_asr.errors import MoleError
 
 RATE_HZ = 16000
 EVERYTHING = AugmentConfig(1.0, noise_probability=1.0, telephone_probability=1.0, gain_probability=1.0)
@@ -92,6 +93,14 @@ def test_seeds_differ_and_probability_zero_changes_nothing() -> None:
 def test_silence_stays_finite() -> None:
     silence_S = augment(np.zeros(800, np.float32), EVERYTHING, np.random.default_rng(0), RATE_HZ)
     assert np.isfinite(silence_S).all()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"speed_probability": 1.5}, {"speeds": ()}, {"speeds": (0.1,)}, {"min_snr_db": 50.0}, {"min_gain_db": 7.0}]
+)
+def test_bad_settings_are_named(bad: dict[str, object]) -> None:
+    with pytest.raises(MoleError, match=next(iter(bad))):
+        AugmentConfig(**bad)  # type: ignore[arg-type]
 
 
 # --- SpecAugment
