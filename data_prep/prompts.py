@@ -1,0 +1,255 @@
+"""The prompt corpus: five languages, two hours of studio speech, one professional speaker a language.
+
+The voice prompts of the Asterisk telephone exchange, from Debian's packages `asterisk-core-sounds-{en,es,fr,it,ru}`
+(transcripts) and `asterisk-core-sounds-{...}-g722` (16 kHz audio). Licences: English, Spanish and French CC BY-SA 3.0,
+Italian and Russian CC BY 3.0; authors and terms stand in /usr/share/doc/<package>/copyright of each package.
+
+Splits go by prompt, the same in every language, near-duplicates together: a prompt in the test split is trained on
+in no language.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import av
+import numpy as np
+import soundfile
+from mole_asr.data_prep import debian
+
+from mole_asr.corpus import normalize as normalize_module
+from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
+from mole_asr.corpus.normalize import normalize
+from mole_asr.errors import MoleError
+from mole_asr.files import atomic_path, write_text
+
+LANGUAGES = ("en", "es", "fr", "it", "ru")
+SPLITS = ("train", "dev", "test")
+LICENCES = dict.fromkeys(("en", "es", "fr"), "CC BY-SA 3.0") | dict.fromkeys(("it", "ru"), "CC BY 3.0")
+SAMPLING_RATE_HZ = 16000
+
+# SHA-256 of version 1.6.1-1.
+_SUMS = {
+    "asterisk-core-sounds-en": "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+    "asterisk-core-sounds-en-g722": "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
+    "asterisk-core-sounds-es": "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74",
+    "asterisk-core-sounds-es-g722": "e4e3b4281057d3b81b779298fd6be705f57411513955c518eed1bcaabbd615b8",
+    "asterisk-core-sounds-fr": "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056",
+    "asterisk-core-sounds-fr-g722": "7add61d5e42279ecff1bbdf842a5a946ac3644fac9a0fe44384731aa7270c8e0",
+    "asterisk-core-sounds-it": "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b",
+    "asterisk-core-sounds-it-g722": "46b4cf7afc508a5fcfc051b7ea233251c0d195dd4ef83cc4b7facb4c6429b016",
+    "asterisk-core-sounds-ru": "28a61616bb0cd3345a7ea532dec4df9f071e5d0fa9f8c1a563ea9669002f39ab",
+    "asterisk-core-sounds-ru-g722": "673b4238a6b8269960f055d868c6a11083f7a0d00979167cb01554046b48ed9b",
+}
+
+_NOT_SPEECH = re.compile(r"silence/.*|beep|beeperr|(a|de)scending-2tone|confbridge-(join|leave)|tt-monkeys")
+# Remarks stand in brackets, except these three, which are spoken.
+_SPOKEN = ("ne m'appelez plus, jamais", "IAX", "статус")
+_REMARK = re.compile(r"\[[^]]*\]|<[^>]*>|\((?!(?:" + "|".join(map(re.escape, _SPOKEN)) + r")\))[^)]*\)")
+# Two lines run on into the line of another prompt, which the recording does not hold.
+_RUN_ON = re.compile(r"\s*\bvm-[a-z-]+: .*")
+# Letters that the Italian file lost.
+_LOST_LETTERS = {"sar? ": "sarà ", "pu? ": "può ", "cos? ": "così ", "pi? ": "più ", " ? ": " è "}
+
+
+def prepare(output: str | Path, languages: Sequence[str] = LANGUAGES, source: str | Path | None = None) -> None:
+    """Fetches the prompt corpus and writes its manifests.
+
+    Writes `cuts_train.jsonl`, `cuts_dev.jsonl`, `cuts_test.jsonl`, the decoded audio (`audio/`), the fetched packages
+    (`packages/`) and the list of what was left out (`left_out.tsv`). A second run does only what is missing.
+
+    Args:
+        output: folder to write.
+        languages: which of en, es, fr, it, ru.
+        source: folder with the .deb files, where they are already fetched; they are then read in place.
+
+    Raises:
+        MoleError: an unknown language, packages that cannot be had, or a package with a wrong checksum.
+    """
+    output = Path(output)
+    _check_languages(languages)
+    packages = Path(source) if source is not None else output / "packages"
+    recipe = _recipe(languages)
+    if not _is_done(output, recipe):
+        if source is None:
+            fetch_packages(languages, packages)
+        utterances: dict[str, list[Utterance]] = {split: [] for split in SPLITS}
+        left_out: list[tuple[str, str, str]] = []
+        for language in languages:
+            _prepare_language(language, packages, output, utterances, left_out)
+        for split in SPLITS:
+            write_manifest(utterances[split], manifest_path(output, split))
+        rows = ["language\tkey\treason", *("\t".join(row) for row in left_out)]
+        write_text(output / "left_out.tsv", "\n".join(rows) + "\n")
+        write_text(output / "prepared.json", recipe)
+    _print_summary(output, languages)
+
+
+def fetch_packages(languages: Iterable[str], folder: str | Path) -> None:
+    """Downloads the packages of `languages` to `folder` with apt (no root needed); those already there are kept.
+
+    Raises:
+        MoleError: apt is missing or fails, or a file there has a wrong checksum.
+    """
+    debian.fetch({name: _SUMS[name] for language in languages for name in _package_names(language)}, Path(folder))
+
+
+def manifest_path(output: str | Path, split: str) -> Path:
+    """Returns where `prepare` writes the manifest of a split (train, dev or test)."""
+    return Path(output) / f"cuts_{split}.jsonl"
+
+
+def clean(key: str, line: str) -> str:
+    """Returns what is spoken in a line of a transcript file: without remarks and without its own key repeated."""
+    text = _REMARK.sub(" ", line.removeprefix(f"{key}: "))
+    return " ".join(text.replace("(", "").replace(")", "").split())
+
+
+def repair(text: str, language: str) -> str:
+    """Mends the known defects of the transcript files: run-on lines, and lost letters in the Italian one."""
+    text = _RUN_ON.sub("", text)
+    if language == "it":
+        for broken, mended in _LOST_LETTERS.items():
+            text = text.replace(broken, mended)
+    return text
+
+
+@cache
+def _groups() -> dict[str, str]:
+    lines = files("mole_asr.data_prep").joinpath("prompts_groups.tsv").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("\t") for line in lines[1:])
+
+
+def split_of(key: str) -> str:
+    """Returns the split of a prompt: by a hash of the first key of its group of near-duplicates."""
+    bucket = int(hashlib.sha1(f"ast1:{_groups().get(key, key)}".encode()).hexdigest(), 16) % 100
+    return "test" if bucket < 12 else "dev" if bucket < 20 else "train"
+
+
+def _prepare_language(
+    language: str,
+    packages: Path,
+    output: Path,
+    utterances: Mapping[str, list[Utterance]],
+    left_out: list[tuple[str, str, str]],
+) -> None:
+    """Adds the utterances of a language to `utterances` and what is left out of it to `left_out`."""
+    print(f"{language}: unpacking and decoding ...", flush=True)
+    transcripts, audio = _package_names(language)
+    texts = _read_transcripts(_package(transcripts, packages), language)
+    for name, content in debian.members(_package(audio, packages)):
+        # usr/share/asterisk/sounds/<speaker>/<key>.g722
+        speaker, _, key = name.partition("/sounds/")[2].removesuffix(".g722").partition("/")
+        if not name.endswith(".g722") or not key:
+            continue
+        text = texts.pop(key, None)
+        spoken = normalize(repair(text or "", language), language, fold_accents=language == "es")
+        if _NOT_SPEECH.fullmatch(key):
+            left_out.append((language, key, "not speech"))
+        elif not spoken:
+            left_out.append((language, key, "audio without transcript" if text is None else "empty transcript"))
+        else:
+            path = output.absolute() / "audio" / language / f"{key.replace('/', '-')}.wav"
+            num_samples = _decode(content, path)
+            utterance_id = f"{language}-{key.replace('/', '_')}"
+            duration_s = num_samples / SAMPLING_RATE_HZ
+            utterances[split_of(key)].append(
+                Utterance(utterance_id, path, 0.0, duration_s, SAMPLING_RATE_HZ, spoken, language, speaker, num_samples)
+            )
+    left_out.extend((language, key, "transcript without audio") for key in texts)
+
+
+def _read_transcripts(package: Path, language: str) -> dict[str, str]:
+    """Returns key -> cleaned text. Where a key stands twice, the first line counts: the second has a mistaken key."""
+    for name, content in debian.members(package):
+        if name.endswith(f"/core-sounds-{language}.txt.gz"):
+            texts: dict[str, str] = {}
+            for line in gzip.decompress(content).decode("utf-8-sig").splitlines():
+                key, colon, text = line.partition(":")
+                if colon and not line.startswith(";"):
+                    texts.setdefault(key.strip(), clean(key.strip(), text.strip()))
+            return texts
+    raise MoleError(f"{package}: it holds no core-sounds-{language}.txt.gz; fetch version 1.6.1-1")
+
+
+def _decode(content: bytes, path: Path) -> int:
+    """Decodes raw G.722 (64 kbit/s: two samples a byte) to a 16 kHz wav file unless it is there; returns samples."""
+    num_samples = 2 * len(content)
+    if path.exists() and path.stat().st_size == _wav_bytes(num_samples):
+        return num_samples
+    with av.open(io.BytesIO(content), format="g722") as container:
+        audio_S = np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])
+    with atomic_path(path) as temporary:
+        soundfile.write(temporary, audio_S, SAMPLING_RATE_HZ, subtype="PCM_16")
+    return len(audio_S)
+
+
+def _wav_bytes(num_samples: int) -> int:
+    return 44 + 2 * num_samples
+
+
+def _package_names(language: str) -> tuple[str, str]:
+    """Returns the names of a language's transcript package and audio package."""
+    return f"asterisk-core-sounds-{language}", f"asterisk-core-sounds-{language}-g722"
+
+
+def _package(name: str, folder: Path) -> Path:
+    path = debian.package_file(name, folder)
+    if path is None:
+        raise MoleError(f"{folder}: no file {name}_*.deb; get it from https://packages.debian.org/{name}")
+    debian.verify(path, _SUMS[name])
+    return path
+
+
+def _check_languages(languages: Sequence[str]) -> None:
+    for language in languages:
+        if language not in LANGUAGES:
+            raise MoleError(f"the prompt corpus has no language {language!r}; choose from {', '.join(LANGUAGES)}")
+
+
+def _recipe(languages: Sequence[str]) -> str:
+    """What the outcome depends on: the languages and the code, so that an update of ours is not missed."""
+    code = Path(__file__).read_bytes() + Path(normalize_module.__file__).read_bytes()
+    return json.dumps({"languages": list(languages), "code": hashlib.sha256(code).hexdigest()})
+
+
+def _is_done(output: Path, recipe: str) -> bool:
+    stamp = output / "prepared.json"
+    if not stamp.exists() or stamp.read_text() != recipe:
+        return False
+    try:
+        manifests = [Manifest(manifest_path(output, split)) for split in SPLITS]
+    except MoleError:
+        return False
+    return all(
+        utterance.audio_path.exists() and utterance.audio_path.stat().st_size == _wav_bytes(utterance.num_samples)
+        for utterance in _rows(manifests)
+    )
+
+
+def _rows(manifests: Iterable[Manifest]) -> Iterator[Utterance]:
+    return (manifest[row] for manifest in manifests for row in range(len(manifest)))
+
+
+def _print_summary(output: Path, languages: Sequence[str]) -> None:
+    print("licences: " + ", ".join(f"{language} {LICENCES[language]}" for language in languages))
+    lines = (output / "left_out.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    counts = Counter((row[0], row[2]) for row in (line.split("\t") for line in lines))
+    for (language, reason), count in sorted(counts.items()):
+        print(f"left out: {language} {count:3d} {reason}")
+    print(f"(named in {output / 'left_out.tsv'})")
+    manifests = {split: Manifest(manifest_path(output, split)) for split in SPLITS}
+    print("language" + "".join(f"{split + ' utterances':>18}{'hours':>7}" for split in SPLITS))
+    for language in [*languages, "all"]:
+        cells = ""
+        for manifest in manifests.values():
+            chosen = np.array([language in ("all", manifest.languages[i]) for i in manifest.language_ids], dtype=bool)
+            cells += f"{chosen.sum():18d}{manifest.durations_s[chosen].sum() / 3600:7.2f}"
+        print(f"{language:8}{cells}")

@@ -1,0 +1,206 @@
+"""Manifests: lhotse cut sets on disk (JSON lines), a table of numbers in memory.
+
+A line is a lhotse cut with its recording and one supervision, so every lhotse tool reads our files and we read the
+cuts of lhotse's corpus recipes. Nothing here imports lhotse, which takes seconds.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mole_asr.errors import MoleError
+from mole_asr.files import atomic_path
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """A stretch of a recording and what is said in it.
+
+    Attributes:
+        id: unique in its manifest.
+        audio_path: the recording.
+        start_s: where the utterance starts in the recording.
+        duration_s: its length.
+        sampling_rate_hz: of the recording as it lies on disk.
+        text: what is said; empty where unknown.
+        language: its code; empty where unknown.
+        speaker: who speaks, if known.
+        num_samples: length of the whole recording, in samples of one channel; 0 where unknown.
+        channels: channels of the recording; they are averaged on reading.
+    """
+
+    id: str
+    audio_path: Path
+    start_s: float
+    duration_s: float
+    sampling_rate_hz: int
+    text: str
+    language: str
+    speaker: str | None = None
+    num_samples: int = 0
+    channels: int = 1
+
+
+def write_manifest(utterances: Iterable[Utterance], path: str | Path) -> int:
+    """Writes a lhotse cut set, one cut a line, with absolute audio paths.
+
+    Returns:
+        The number of utterances written.
+
+    Raises:
+        MoleError: two utterances have the same id.
+    """
+    seen: set[str] = set()
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for utterance in utterances:
+            if utterance.id in seen:
+                raise MoleError(f"{path}: the utterance id {utterance.id!r} stands twice; ids must be unique")
+            seen.add(utterance.id)
+            file.write(json.dumps(_to_cut(utterance), ensure_ascii=False) + "\n")
+    return len(seen)
+
+
+class Manifest:
+    """A cut set (JSON lines) as arrays over its rows; a row's `Utterance` is read from the file when asked for.
+
+    Memory does not grow with the texts: a row costs about 20 bytes. An instance may be pickled, forked and shared
+    by threads.
+
+    Attributes:
+        path: the file.
+        durations_s: float32[N].
+        text_lengths: int32[N], characters.
+        languages: the codes that occur, sorted.
+        language_ids: int16[N], indices into `languages`; -1 where the cut names no language.
+
+    Raises:
+        MoleError: the file is missing or no cut set, or an id stands twice.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        if self.path.suffix == ".gz":
+            raise MoleError(f"{path}: a compressed manifest cannot be read row by row; unpack it first (gunzip)")
+        ids: set[str] = set()
+        offsets, durations, lengths, names = [0], [], [], []
+        try:
+            with self.path.open("rb") as file:
+                for line in file:
+                    if line.isspace():
+                        offsets[-1] += len(line)
+                        continue
+                    row = len(ids)
+                    utterance = self._parse(line, row)
+                    ids.add(utterance.id)
+                    if len(ids) == row:
+                        raise MoleError(f"{path}: the id {utterance.id!r} stands twice; ids must be unique")
+                    offsets.append(offsets[-1] + len(line))
+                    durations.append(utterance.duration_s)
+                    lengths.append(len(utterance.text))
+                    names.append(utterance.language)
+        except OSError as error:
+            raise MoleError(f"{path}: the manifest cannot be read ({error.strerror})") from None
+        self._offsets = np.array(offsets, dtype=np.int64)
+        self.durations_s = np.array(durations, dtype=np.float32)
+        self.text_lengths = np.array(lengths, dtype=np.int32)
+        self.languages = sorted(set(names) - {""})
+        index = {name: i for i, name in enumerate(self.languages)} | {"": -1}
+        self.language_ids = np.array([index[name] for name in names], dtype=np.int16)
+        self._descriptor: tuple[int, int] | None = None  # (process id, file descriptor), opened when first needed
+
+    def __len__(self) -> int:
+        return len(self.durations_s)
+
+    def __getitem__(self, row: int) -> Utterance:
+        """Reads one row from the file; negative rows count from the end."""
+        row = range(len(self))[int(row)]
+        if self._descriptor is None or self._descriptor[0] != os.getpid():
+            self._descriptor = (os.getpid(), os.open(self.path, os.O_RDONLY))
+        start, end = int(self._offsets[row]), int(self._offsets[row + 1])
+        # pread keeps no position, so threads cannot disturb each other.
+        return self._parse(os.pread(self._descriptor[1], end - start, start), row)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_descriptor": None}
+
+    def __del__(self) -> None:
+        descriptor = getattr(self, "_descriptor", None)
+        if descriptor is not None and descriptor[0] == os.getpid():
+            os.close(descriptor[1])
+
+    def _parse(self, line: bytes, row: int) -> Utterance:
+        try:
+            return _from_cut(json.loads(line), self.path.parent)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise MoleError(f"{self.path}: row {row + 1} is no lhotse cut that we can read: {reason}") from None
+
+
+def _to_cut(utterance: Utterance) -> dict[str, Any]:
+    channels = list(range(utterance.channels))
+    # A MonoCut reads one channel of its recording; we mean all of them.
+    kind, channel = ("MonoCut", 0) if utterance.channels == 1 else ("MultiCut", channels)
+    recording_id = utterance.audio_path.absolute().as_posix()
+    return {
+        "id": utterance.id,
+        "start": utterance.start_s,
+        "duration": utterance.duration_s,
+        "channel": channel,
+        "supervisions": [
+            {
+                "id": utterance.id,
+                "recording_id": recording_id,
+                "start": 0.0,
+                "duration": utterance.duration_s,
+                "channel": channel,
+                "text": utterance.text,
+                **({"language": utterance.language} if utterance.language else {}),
+                **({"speaker": utterance.speaker} if utterance.speaker else {}),
+            }
+        ],
+        "recording": {
+            "id": recording_id,
+            "sources": [{"type": "file", "channels": channels, "source": recording_id}],
+            "sampling_rate": utterance.sampling_rate_hz,
+            "num_samples": utterance.num_samples,
+            "duration": utterance.num_samples / utterance.sampling_rate_hz,
+        },
+        "type": kind,
+    }
+
+
+def _from_cut(cut: dict[str, Any], folder: Path) -> Utterance:
+    """Reads one cut; raises ValueError or KeyError with the reason where it is of a kind we do not read."""
+    if cut.get("type", "MonoCut") not in ("MonoCut", "MultiCut"):
+        raise ValueError(f"it is a {cut['type']}; save it as audio first (CutSet.save_audios)")
+    recording = cut["recording"]
+    if recording.get("transforms"):
+        raise ValueError("its recording has transforms that lhotse would apply; save it as audio first")
+    sources = recording["sources"]
+    if len(sources) != 1 or sources[0]["type"] != "file":
+        raise ValueError("its recording must be one file; save it as audio first (CutSet.save_audios)")
+    channels = sources[0].get("channels", [0])
+    if cut.get("type", "MonoCut") == "MonoCut" and len(channels) > 1:
+        raise ValueError(f"it picks one of {len(channels)} channels, and we average them; save it as audio first")
+    supervisions = sorted(cut.get("supervisions", []), key=lambda supervision: supervision.get("start", 0.0))
+    first = supervisions[0] if supervisions else {}
+    duration_s = float(cut.get("duration", recording.get("duration", 0)))
+    if not 0 < duration_s < float("inf"):
+        raise ValueError(f"its duration is {duration_s} s")
+    return Utterance(
+        id=str(cut["id"]),
+        audio_path=folder / sources[0]["source"],
+        start_s=float(cut.get("start", 0.0)),
+        duration_s=duration_s,
+        sampling_rate_hz=int(recording["sampling_rate"]),
+        text=" ".join(s["text"] for s in supervisions if s.get("text")),
+        language=first.get("language") or "",
+        speaker=first.get("speaker"),
+        num_samples=int(recording.get("num_samples", 0)),
+        channels=len(channels),
+    )
