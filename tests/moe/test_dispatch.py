@@ -227,7 +227,9 @@ def test_an_expert_without_rows_has_a_gradient_of_exactly_zero(backend: str) -> 
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment"])
-def test_bfloat16_autocast_is_close_to_float32(backend: str) -> None:
+def test_bfloat16_autocast_is_close_to_float32(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cpu_tiled", "segment"):  # several tiles an expert
+        monkeypatch.setattr(f"mole_asr.moe.backends.{module}.tile_rows", lambda *_: 48)
     experts = Experts(5, 48, 96, "silu", shared=True)
     segments = torch.tensor([0, 40, 100, 130, 200])
     gates = torch.rand(4, requires_grad=True)
@@ -286,6 +288,17 @@ def test_no_temporary_of_a_tile_exceeds_sixteen_megabytes() -> None:
             assert tiles.tile_rows(experts, dtype) * d_ff * dtype.itemsize <= 16 << 20
     assert list(tiles.split(3, 10, 3)) == [(3, 5), (5, 7), (7, 10)]
     assert list(tiles.split(3, 3, 3)) == []
+
+
+def test_neighbouring_segments_of_one_expert_are_one_product() -> None:
+    experts = make_experts(shared=False)
+    ids = torch.tensor([[1], [0], [1], [3], [2], [2]], dtype=torch.int32)
+    segments = torch.tensor([0, 4, 4, 9, 12, 13, 20])
+    plan = RoutingPlan(ids, torch.ones(6, 1, dtype=torch.float64), 3, "segment", segments)
+    dispatch(torch.randn(20, 5, dtype=torch.float64), plan, experts)
+    dispatch(torch.randn(20, 5, dtype=torch.float64), plan, experts)
+    (schedule,) = plan.schedules.values()  # worked out once, and used by the second layer too
+    assert [(tile.expert, tile.rows) for tile in schedule.tiles] == [(1, slice(0, 9)), (2, slice(12, 20))]
 
 
 def test_choose_backend() -> None:
