@@ -1,0 +1,175 @@
+"""Conformer blocks (Gulati et al., 2020), built for few and large operations.
+
+Letters: B batch, T frames, D model width, H heads, C width of a head (D / H), F feed-forward width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mole_asr.asr.subsampling import valid_mask
+from mole_asr.moe.layer import MoELayer
+from mole_asr.moe.plan import RoutingPlan
+from mole_asr.moe.rows import PackedRows
+
+MASKED = -1e4  # finite, so that a row of padding has no NaN; exp(MASKED) is 0 in bfloat16 too
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What all blocks need to know of a padded batch, worked out once.
+
+    Attributes:
+        lengths_B: int64.
+        valid_BT: bool.
+        bias_GTT: attention bias, G = B x H: minus slope x distance, and MASKED at padded keys.
+        rows: the packing of the valid frames, for MoE layers.
+    """
+
+    lengths_B: Tensor
+    valid_BT: Tensor
+    bias_GTT: Tensor
+    rows: PackedRows
+
+    @classmethod
+    def of(cls, lengths_B: Tensor, size: int, num_heads: int) -> "Frames":
+        """Describes a batch of utterances padded to `size` frames."""
+        valid_BT = valid_mask(lengths_B, size)
+        return cls(lengths_B, valid_BT, attention_bias(valid_BT, num_heads), PackedRows.from_lengths(lengths_B, size))
+
+
+def attention_bias(valid_BT: Tensor, num_heads: int) -> Tensor:
+    """Symmetric linear biases (ALiBi, Press et al., 2022): head h is drawn to near frames by slope 2^(-8 (h + 1) / H).
+
+    Relative position comes at the price of nothing: the bias is added inside the product of queries and keys, and all
+    blocks share it. Which side a frame is on, the convolution of the block tells.
+
+    Returns:
+        bias_GTT, G = B x H, in the type that matrix products have here (bfloat16 under its autocast).
+    """
+    B, T = valid_BT.shape
+    device = valid_BT.device
+    position_T = torch.arange(T, device=device, dtype=torch.float32)
+    slope_H = 2.0 ** (-8.0 * torch.arange(1, num_heads + 1, device=device) / num_heads)
+    bias_HTT = -slope_H[:, None, None] * (position_T[:, None] - position_T[None, :]).abs()
+    bias_BHTT = bias_HTT[None].expand(B, -1, -1, -1).masked_fill(~valid_BT[:, None, None, :], MASKED)
+    if torch.is_autocast_enabled(device.type):
+        bias_BHTT = bias_BHTT.to(torch.get_autocast_dtype(device.type))
+    return bias_BHTT.reshape(B * num_heads, T, T)
+
+
+class UtteranceDropout(nn.Dropout1d):
+    """Drops the same channels in all frames of an utterance: as good a regulariser, and no random number a frame."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drops channels of [B, T, D]."""
+        return super().forward(input.transpose(1, 2)).transpose(1, 2) if self.training and self.p > 0 else input
+
+
+class FeedForward(nn.Sequential):
+    """LayerNorm, then D -> F -> D with SiLU."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__(nn.LayerNorm(d_model), nn.Linear(d_model, d_ff), nn.SiLU(), nn.Linear(d_ff, d_model))
+
+
+class MoLEFeedForward(nn.Module):
+    """The MoLE block: a language expert and the agnostic expert, mixed by the language tokenizer's reliability.
+
+    y = r E_language(x) + (1 - r) E_agnostic(x); see `mole_asr.moe.routers.LanguageRouter` for what is our
+    interpretation of MoLE (arXiv 2302.13750) in it.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, num_languages: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.moe = MoELayer(d_model, d_ff, num_languages, shared_expert=True)
+
+    def forward(self, x_BTD: Tensor, frames: Frames, plan: RoutingPlan) -> Tensor:
+        """Computes valid frames; padding comes out zero."""
+        y_BTD, _ = self.moe(self.norm(x_BTD), plan=plan, rows=frames.rows)
+        return y_BTD
+
+
+class SelfAttention(nn.Module):
+    """LayerNorm, then multi-head self-attention over the valid frames of an utterance."""
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(d_model)
+        self.query_key_value = nn.Linear(d_model, 3 * d_model)
+        self.output = nn.Linear(d_model, d_model)
+
+    def forward(self, x_BTD: Tensor, frames: Frames) -> Tensor:
+        """Attends. Written out, because scaled_dot_product_attention with a mask is five times slower on CPUs here."""
+        B, T, D = x_BTD.shape
+        C = D // self.num_heads
+        qkv_3BHTC = self.query_key_value(self.norm(x_BTD)).view(B, T, 3, self.num_heads, C).permute(2, 0, 3, 1, 4)
+        query_GTC, key_GTC, value_GTC = qkv_3BHTC.reshape(3, B * self.num_heads, T, C).unbind(0)
+        score_GTT = torch.baddbmm(frames.bias_GTT, query_GTC, key_GTC.transpose(1, 2), alpha=C**-0.5)
+        mixed_GTC = torch.bmm(score_GTT.softmax(-1), value_GTC)
+        return self.output(mixed_GTC.view(B, self.num_heads, T, C).transpose(1, 2).reshape(B, T, D))
+
+
+class Convolution(nn.Module):
+    """LayerNorm, gated pointwise convolution, depthwise convolution over time, pointwise convolution.
+
+    LayerNorm stands in for the paper's BatchNorm: it does not depend on the batch, nor on padding.
+    """
+
+    def __init__(self, d_model: int, kernel_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.gated = nn.Linear(d_model, 2 * d_model)
+        self.depthwise = nn.Conv2d(d_model, d_model, (1, kernel_size), padding=(0, kernel_size // 2), groups=d_model)
+        self.depthwise_norm = nn.LayerNorm(d_model)
+        self.pointwise = nn.Linear(d_model, d_model)
+
+    def forward(self, x_BTD: Tensor, frames: Frames) -> Tensor:
+        """Convolves over time; padding counts as zero."""
+        gated_BTD = functional.glu(self.gated(self.norm(x_BTD)), dim=-1) * frames.valid_BT[:, :, None]
+        # As an image of height 1 in channels-last order there is nothing to copy, and the CPU kernel is three times
+        # as fast as that of Conv1d.
+        deep_BTD = self.depthwise(gated_BTD.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
+        return self.pointwise(functional.silu(self.depthwise_norm(deep_BTD)))
+
+
+class ConformerBlock(nn.Module):
+    """Half feed-forward, self-attention, convolution, half feed-forward (dense, or a MoLE block), LayerNorm.
+
+    Args:
+        d_model: D.
+        d_ff: F, of each feed-forward part and each expert.
+        num_heads: H.
+        kernel_size: of the depthwise convolution, odd.
+        dropout: of each part's output.
+        num_languages: makes the second feed-forward part a MoLE block with so many language experts; 0: dense.
+    """
+
+    def __init__(
+        self, d_model: int, d_ff: int, num_heads: int, kernel_size: int, dropout: float, num_languages: int = 0
+    ) -> None:
+        super().__init__()
+        self.feed_forward_in = FeedForward(d_model, d_ff)
+        self.attention = SelfAttention(d_model, num_heads)
+        self.convolution = Convolution(d_model, kernel_size)
+        self.feed_forward_out: nn.Module = (
+            MoLEFeedForward(d_model, d_ff, num_languages) if num_languages else FeedForward(d_model, d_ff)
+        )
+        self.norm = nn.LayerNorm(d_model)
+        self.dropout = UtteranceDropout(dropout)
+
+    def forward(self, x_BTD: Tensor, frames: Frames, plan: RoutingPlan | None) -> Tensor:
+        """Transforms x_BTD; `plan` is needed by a MoLE block only."""
+        x_BTD = x_BTD + 0.5 * self.dropout(self.feed_forward_in(x_BTD))
+        x_BTD = x_BTD + self.dropout(self.attention(x_BTD, frames))
+        x_BTD = x_BTD + self.dropout(self.convolution(x_BTD, frames))
+        if isinstance(self.feed_forward_out, MoLEFeedForward):
+            assert plan is not None, "a MoLE block stands before the language tokenizer"
+            y_BTD = self.feed_forward_out(x_BTD, frames, plan)
+        else:
+            y_BTD = self.feed_forward_out(x_BTD)
+        return self.norm(x_BTD + 0.5 * self.dropout(y_BTD))

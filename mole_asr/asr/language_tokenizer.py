@@ -1,0 +1,62 @@
+"""The language tokenizer: which language is spoken, and how sure that is.
+
+Letters: B batch, T frames, D model width, H hidden width, N languages.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class LanguageEvidence:
+    """What the language tokenizer heard.
+
+    Attributes:
+        evidence_BTN: float32 logits of each frame; zero at padding.
+        logits_BN: float32 logits of each utterance, the mean of its frames' evidence.
+        reliability_logits_B: float32, of a head of its own; sigmoid gives the reliability where it is so configured.
+        reliability_logits_BT: the same a frame.
+    """
+
+    evidence_BTN: Tensor
+    logits_BN: Tensor
+    reliability_logits_B: Tensor
+    reliability_logits_BT: Tensor
+
+
+class LanguageTokenizer(nn.Module):
+    """A small convolutional classifier on an early layer of the encoder, computed once and shared by all MoLE blocks.
+
+    MoLE (Kwon & Chung, arXiv 2302.13750) has a light language tokenizer that activates one language expert and
+    estimates how reliable that is; its layers are not published. Ours: convolution -> linear -> mean over the
+    utterance. As the last layer is linear, the mean of the frames' logits is the logit of the mean frame, so one set of
+    weights gives decisions an utterance and a frame (code-switching).
+
+    Args:
+        d_model: D.
+        num_languages: N.
+        hidden: H.
+    """
+
+    def __init__(self, d_model: int, num_languages: int, hidden: int = 96) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.convolution = nn.Conv1d(d_model, hidden, kernel_size=5, padding=2)
+        self.languages = nn.Linear(hidden, num_languages)
+        self.reliability = nn.Linear(hidden, 1)
+
+    def forward(self, x_BTD: Tensor, lengths_B: Tensor, valid_BT: Tensor) -> LanguageEvidence:
+        """Listens to frames; padding is not heard."""
+        valid_BT1 = valid_BT[:, :, None]
+        hidden_BHT = self.convolution((self.norm(x_BTD) * valid_BT1).transpose(1, 2))
+        hidden_BTH = functional.silu(hidden_BHT).transpose(1, 2)
+        evidence_BTN = self.languages(hidden_BTH).float() * valid_BT1
+        reliability_BT1 = self.reliability(hidden_BTH).float() * valid_BT1
+        return LanguageEvidence(
+            evidence_BTN=evidence_BTN,
+            logits_BN=evidence_BTN.sum(1) / lengths_B[:, None],
+            reliability_logits_B=reliability_BT1.sum((1, 2)) / lengths_B,
+            reliability_logits_BT=reliability_BT1.squeeze(2),
+        )

@@ -1,0 +1,227 @@
+"""The recogniser: waveforms to token log-probabilities. Read this file first, then `conformer.py`.
+
+Letters: B batch, S samples, T frames, F mel bins, D model width, V vocabulary, N languages.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mole_asr.asr.conformer import ConformerBlock, Frames
+from mole_asr.asr.language_tokenizer import LanguageEvidence, LanguageTokenizer
+from mole_asr.asr.subsampling import FACTOR, Subsampling
+from mole_asr.audio.features import FRAME_SHIFT_S, LogMel
+from mole_asr.errors import MoleError
+from mole_asr.moe.plan import RoutingPlan
+from mole_asr.moe.routers import LanguageRouter, Reliability, Routing, RoutingContext
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes and switches of the model; the defaults are those of the five-language demo.
+
+    Attributes:
+        d_model: D, width of the residual stream.
+        d_ff: width of each feed-forward part and of each expert.
+        num_blocks: Conformer blocks.
+        num_mole_blocks: how many of them, at the top, are MoLE blocks; 0 makes a dense model.
+        language_tokenizer_block: blocks that the language tokenizer listens behind.
+        num_heads: attention heads.
+        kernel_size: of the depthwise convolutions, odd, in frames of 40 ms.
+        dropout: of each part of a block.
+        num_mels: F.
+        sampling_rate_hz: of the waveforms.
+        intermediate_ctc_blocks: blocks behind which the CTC head is asked too; its answer goes back into the stream
+            (self-conditioned CTC, Nozaki & Komatsu, 2021).
+        routing_unit: "utterance" or "frame" (for code-switching).
+        reliability: definition of r: "max_posterior", "entropy", "sigmoid" or "gumbel"; "one" and "zero" are ablations.
+        temperature: of the language posterior.
+        routing: "predicted", "true" or "scheduled" (from the true to the predicted language over the training).
+    """
+
+    d_model: int = 144
+    d_ff: int = 288
+    num_blocks: int = 6
+    num_mole_blocks: int = 2
+    language_tokenizer_block: int = 2
+    num_heads: int = 4
+    kernel_size: int = 15
+    dropout: float = 0.1
+    num_mels: int = 80
+    sampling_rate_hz: int = 16000
+    intermediate_ctc_blocks: tuple[int, ...] = (3,)
+    routing_unit: str = "utterance"
+    reliability: Reliability = "max_posterior"
+    temperature: float = 1.0
+    routing: Routing = "scheduled"
+
+    def __post_init__(self) -> None:
+        dense = self.num_blocks - self.num_mole_blocks
+        problems = [
+            (self.d_model % self.num_heads != 0, f"d_model: {self.d_model} is no multiple of num_heads"),
+            (self.kernel_size % 2 == 0, f"kernel_size: {self.kernel_size} must be odd"),
+            (not 0 <= dense, f"num_mole_blocks: {self.num_mole_blocks} is more than num_blocks {self.num_blocks}"),
+            (
+                not 0 <= self.language_tokenizer_block <= dense,
+                f"language_tokenizer_block: {self.language_tokenizer_block} must be 0..{dense}, before the MoLE blocks",
+            ),
+            (
+                any(not 0 < block < self.num_blocks for block in self.intermediate_ctc_blocks),
+                f"intermediate_ctc_blocks: {self.intermediate_ctc_blocks} must be between 1 and num_blocks - 1",
+            ),
+            (self.routing_unit not in ("utterance", "frame"), f"routing_unit: {self.routing_unit!r} is unknown"),
+        ]
+        for is_wrong, message in problems:
+            if is_wrong:
+                raise MoleError(f"model.encoder.{message}; change it in the config")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelOutput:
+    """What one forward gives.
+
+    Attributes:
+        log_probs_BTV: float32 token log-probabilities; id 0 is the blank.
+        lengths_B: int64, frames.
+        intermediate_log_probs_BTV: of the intermediate CTC heads, lowest first.
+        evidence: of the language tokenizer.
+        plan: of the MoLE blocks.
+        language_logits_BN: float32.
+        reliability_B: float32 r of each utterance (mean over its frames where routing is frame-wise).
+        expert_B: int64, the language expert of each utterance (the most frequent one where routing is frame-wise).
+        frames: the padded batch's description.
+    """
+
+    log_probs_BTV: Tensor
+    lengths_B: Tensor
+    evidence: LanguageEvidence
+    plan: RoutingPlan
+    reliability_B: Tensor
+    expert_B: Tensor
+    frames: Frames
+    intermediate_log_probs_BTV: list[Tensor] = field(default_factory=list)
+
+    @property
+    def language_logits_BN(self) -> Tensor:  # noqa: D102
+        return self.evidence.logits_BN
+
+    @property
+    def language_evidence_BTN(self) -> Tensor:
+        """Language logits of each frame."""
+        return self.evidence.evidence_BTN
+
+
+class CTCHead(nn.Linear):
+    """Linear -> log-softmax over tokens and blank (id 0), in float32."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """log_probs_BTV."""
+        return super().forward(x_BTD).float().log_softmax(-1)
+
+
+class MoleModel(nn.Module):
+    """Log-mel, subsampling, Conformer blocks with MoLE blocks on top, CTC head.
+
+    Args:
+        config: sizes and switches.
+        languages: codes; language n has expert n.
+        vocab_size: V, blank included.
+    """
+
+    def __init__(self, config: EncoderConfig, languages: list[str], vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.languages, self.vocab_size = config, list(languages), vocab_size
+        self.frame_shift_s = FACTOR * FRAME_SHIFT_S
+        D = config.d_model
+        self.log_mel = LogMel(config.sampling_rate_hz, config.num_mels)
+        self.feature_augment: nn.Module | None = None
+        self.subsampling = Subsampling(config.num_mels, D)
+        first_mole_block = config.num_blocks - config.num_mole_blocks
+        self.blocks = nn.ModuleList(
+            ConformerBlock(
+                D,
+                config.d_ff,
+                config.num_heads,
+                config.kernel_size,
+                config.dropout,
+                num_languages=len(languages) if index >= first_mole_block else 0,
+            )
+            for index in range(config.num_blocks)
+        )
+        self.language_tokenizer = LanguageTokenizer(D, len(languages))
+        self.router = LanguageRouter(len(languages), config.reliability, config.temperature, config.routing)
+        self.ctc = CTCHead(D, vocab_size)
+        self.condition = nn.Linear(vocab_size, D) if config.intermediate_ctc_blocks else None
+
+    def forward(
+        self,
+        audio_BS: Tensor,
+        audio_lengths_B: Tensor,
+        languages_B: Tensor | None = None,
+        true_probability: float = 1.0,
+        routing: Routing | None = None,
+    ) -> ModelOutput:
+        """Recognises a padded batch.
+
+        Args:
+            audio_BS: float32 waveforms, zero beyond their lengths.
+            audio_lengths_B: int64, samples.
+            languages_B: int64 true languages, -1 where unknown; looked at only where the routing asks for them.
+            true_probability: with the routing "scheduled", how often the true language is taken in training.
+            routing: replaces the configured routing in this call.
+        """
+        features_BTF, frames_B = self.log_mel(audio_BS, audio_lengths_B)
+        if self.feature_augment is not None:
+            features_BTF = self.feature_augment(features_BTF, frames_B)
+        x_BTD, lengths_B = self.subsampling(features_BTF, frames_B)
+        frames = Frames.of(lengths_B, x_BTD.shape[1], self.config.num_heads)
+
+        def route(x_BTD: Tensor) -> tuple[LanguageEvidence, RoutingPlan]:
+            evidence = self.language_tokenizer(x_BTD, lengths_B, frames.valid_BT)
+            by_frame = self.config.routing_unit == "frame"
+            context = RoutingContext(
+                rows=frames.rows,
+                language_logits=evidence.evidence_BTN if by_frame else evidence.logits_BN,
+                languages_B=languages_B,
+                true_probability=true_probability,
+                reliability_logits=evidence.reliability_logits_BT if by_frame else evidence.reliability_logits_B,
+                routing=routing,
+            )
+            return evidence, self.router(None, context)
+
+        plan, intermediate_log_probs_BTV = None, []
+        for index, block in enumerate(self.blocks):
+            if index == self.config.language_tokenizer_block:
+                evidence, plan = route(x_BTD)
+            x_BTD = block(x_BTD, frames, plan)
+            if index + 1 in self.config.intermediate_ctc_blocks and self.condition is not None:
+                log_probs_BTV = self.ctc(x_BTD)
+                intermediate_log_probs_BTV.append(log_probs_BTV)
+                x_BTD = x_BTD + self.condition(log_probs_BTV.exp())
+        if plan is None:
+            evidence, plan = route(x_BTD)
+        reliability_B, expert_B = _by_utterance(plan, frames)
+        return ModelOutput(
+            log_probs_BTV=self.ctc(x_BTD),
+            lengths_B=lengths_B,
+            evidence=evidence,
+            plan=plan,
+            reliability_B=reliability_B,
+            expert_B=expert_B,
+            frames=frames,
+            intermediate_log_probs_BTV=intermediate_log_probs_BTV,
+        )
+
+
+def _by_utterance(plan: RoutingPlan, frames: Frames) -> tuple[Tensor, Tensor]:
+    """Reliability and expert of each utterance, float32 [B] and int64 [B]."""
+    reliability_U, expert_U = plan.aux["reliability"].float(), plan.expert_ids[:, 0].long()
+    if plan.layout == "segment":
+        return reliability_U, expert_U
+    rows, B = frames.rows, len(frames.lengths_B)
+    utterance_U = rows.utterance_of_row
+    sums_B = reliability_U.new_zeros(B).index_add(0, utterance_U, reliability_U)
+    votes_BE = torch.zeros(B, plan.num_experts + 1, device=expert_U.device)
+    votes_BE.index_put_((utterance_U, expert_U), torch.ones_like(reliability_U.detach()), accumulate=True)
+    return sums_B / frames.lengths_B.clamp(min=1), votes_BE.argmax(1)

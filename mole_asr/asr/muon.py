@@ -1,0 +1,131 @@
+"""Muon for the matrices of the model, AdamW for all other parameters, in one optimizer.
+
+torch.optim.Muon takes single matrices only: it cannot update a stack of experts, and on a CPU one matrix after another
+costs more than the matrices of one shape together.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Quintic iteration whose slope at 0 is steep: it brings singular values near 1 in five steps (Jordan et al., 2024).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices_NXY: Tensor, steps: int = 5) -> Tensor:
+    """Replaces each matrix U S V^T of a stack by about U V^T, with a Newton-Schulz iteration in bfloat16.
+
+    Args:
+        matrices_NXY: any floating type.
+        steps: of the iteration.
+
+    Returns:
+        bfloat16 of the same shape, singular values within about 0.7 to 1.2.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices_NXY / (torch.linalg.matrix_norm(matrices_NXY, keepdim=True) + 1e-7)
+    x = x.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, for matrices (Jordan et al., 2024); AdamW (Loshchilov & Hutter, 2019) for the rest.
+
+    Args:
+        matrices: parameters [X, Y] or stacks of them [E, X, Y].
+        others: parameters for AdamW.
+        lr: learning rate of the matrices.
+        adamw_lr: learning rate of the others.
+        momentum: of the matrices' gradients (Nesterov's).
+        betas: of AdamW.
+        weight_decay: decoupled, of the matrices.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter],
+        lr: float = 0.02,
+        adamw_lr: float = 2e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.01,
+    ) -> None:
+        groups = [
+            {"params": list(matrices), "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "muon": True},
+            {"params": list(others), "lr": adamw_lr, "betas": betas, "muon": False},
+        ]
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Makes one step with the gradients at hand; a parameter without a gradient stays."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["muon"]:
+                self._step_matrices(parameters, group)
+            elif parameters:
+                self._step_adamw(parameters, group)
+        return loss
+
+    def _step_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        for parameter in parameters:
+            by_shape[parameter.shape[-2:]].append(parameter)
+        for (rows, columns), alike in by_shape.items():
+            updates = []
+            for parameter in alike:
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]).view(-1, rows, columns))
+            orthogonal_NXY = orthogonalize(torch.cat(updates)).to(alike[0].dtype)
+            rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+            for parameter, update in zip(
+                alike, orthogonal_NXY.split([len(update) for update in updates]), strict=True
+            ):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view_as(parameter), alpha=-rate)
+
+    def _step_adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        for state, parameter in zip(states, parameters, strict=True):
+            if not state:
+                state.update(step=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+            state["step"] += 1
+        beta1, beta2 = group["betas"]
+        gradients = [parameter.grad for parameter in parameters]
+        means, squares = [state["mean"] for state in states], [state["square"] for state in states]
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        step = states[0]["step"]
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, (1 - beta2**step) ** 0.5)
+        torch._foreach_add_(roots, 1e-8)
+        torch._foreach_addcdiv_(parameters, means, roots, -group["lr"] / (1 - beta1**step))
+
+
+def build_optimizer(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float) -> Muon:
+    """Muon for every matrix inside the blocks, experts too; AdamW for heads, convolutions, norms and biases."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        inside = ".blocks." in f".{name}"
+        is_matrix = parameter.ndim == 2 and name.endswith("weight")
+        is_expert = name.split(".")[-1] in ("w1_EFD", "w2_EDF", "shared_w1_FD", "shared_w2_DF")
+        (matrices if inside and (is_matrix or is_expert) else others).append(parameter)
+    return Muon(matrices, others, lr=lr, adamw_lr=adamw_lr, weight_decay=weight_decay)
