@@ -13,8 +13,7 @@ import hashlib
 import io
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +30,6 @@ from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
-SPLITS = ("train", "dev", "test")
 LICENCES = dict.fromkeys(("en", "es", "fr"), "CC BY-SA 3.0") | dict.fromkeys(("it", "ru"), "CC BY 3.0")
 SAMPLING_RATE_HZ = 16000
 
@@ -84,12 +82,10 @@ def prepare(output: str | Path, languages: Sequence[str] = LANGUAGES, source: st
         left_out: list[tuple[str, str, str]] = []
         for language in languages:
             _prepare_language(language, packages, output, utterances, left_out)
-        for split in SPLITS:
-            write_manifest(utterances[split], manifest_path(output, split))
-        rows = ["language\tkey\treason", *("\t".join(row) for row in left_out)]
-        write_text(output / "left_out.tsv", "\n".join(rows) + "\n")
+        write_corpus(output, utterances, left_out)
         write_text(output / "prepared.json", recipe)
-    _print_summary(output, languages)
+    print("licences: " + ", ".join(f"{language} {LICENCES[language]}" for language in languages))
+    print_summary(output)
 
 
 def fetch_packages(languages: Iterable[str], folder: str | Path) -> None:
@@ -99,11 +95,6 @@ def fetch_packages(languages: Iterable[str], folder: str | Path) -> None:
         MoleError: apt is missing or fails, or a file there has a wrong checksum.
     """
     debian.fetch({name: _SUMS[name] for language in languages for name in _package_names(language)}, Path(folder))
-
-
-def manifest_path(output: str | Path, split: str) -> Path:
-    """Returns where `prepare` writes the manifest of a split (train, dev or test)."""
-    return Path(output) / f"cuts_{split}.jsonl"
 
 
 def clean(key: str, line: str) -> str:
@@ -228,28 +219,8 @@ def _is_done(output: Path, recipe: str) -> bool:
         manifests = [Manifest(manifest_path(output, split)) for split in SPLITS]
     except MoleError:
         return False
+    utterances = (manifest[row] for manifest in manifests for row in range(len(manifest)))
     return all(
         utterance.audio_path.exists() and utterance.audio_path.stat().st_size == _wav_bytes(utterance.num_samples)
-        for utterance in _rows(manifests)
+        for utterance in utterances
     )
-
-
-def _rows(manifests: Iterable[Manifest]) -> Iterator[Utterance]:
-    return (manifest[row] for manifest in manifests for row in range(len(manifest)))
-
-
-def _print_summary(output: Path, languages: Sequence[str]) -> None:
-    print("licences: " + ", ".join(f"{language} {LICENCES[language]}" for language in languages))
-    lines = (output / "left_out.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    counts = Counter((row[0], row[2]) for row in (line.split("\t") for line in lines))
-    for (language, reason), count in sorted(counts.items()):
-        print(f"left out: {language} {count:3d} {reason}")
-    print(f"(named in {output / 'left_out.tsv'})")
-    manifests = {split: Manifest(manifest_path(output, split)) for split in SPLITS}
-    print("language" + "".join(f"{split + ' utterances':>18}{'hours':>7}" for split in SPLITS))
-    for language in [*languages, "all"]:
-        cells = ""
-        for manifest in manifests.values():
-            chosen = np.array([language in ("all", manifest.languages[i]) for i in manifest.language_ids], dtype=bool)
-            cells += f"{chosen.sum():18d}{manifest.durations_s[chosen].sum() / 3600:7.2f}"
-        print(f"{language:8}{cells}")

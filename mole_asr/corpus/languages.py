@@ -39,6 +39,11 @@ def check_language(code: str) -> str:
     return code
 
 
+def is_known_language(code: str) -> bool:
+    """Whether we know the language of a code; unlike `check_language` it is not fooled by `wav` or `dev`."""
+    return code in _NAMES
+
+
 def language_name(code: str) -> str:
     """Returns the English name of a language, or the code itself where we know no name."""
     name = _NAMES.get(code) or _NAMES.get(code.split("-")[0])
