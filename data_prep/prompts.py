@@ -22,9 +22,10 @@ import av
 import numpy as np
 import soundfile
 from mole_asr.data_prep import debian
+from mole_asr.data_prep.output import SPLITS, manifest_path, print_summary, write_corpus
 
 from mole_asr.corpus import normalize as normalize_module
-from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
+from mole_asr.corpus.manifest import Manifest, Utterance
 from mole_asr.corpus.normalize import normalize
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
@@ -175,7 +176,7 @@ def _decode(content: bytes, path: Path) -> int:
     num_samples = 2 * len(content)
     if path.exists() and path.stat().st_size == _wav_bytes(num_samples):
         return num_samples
-    with av.open(io.BytesIO(content), format="g722") as container:
+    with av.open(io.BytesIO(content), mode="r", format="g722") as container:
         audio_S = np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])
     with atomic_path(path) as temporary:
         soundfile.write(temporary, audio_S, SAMPLING_RATE_HZ, subtype="PCM_16")
