@@ -1,0 +1,80 @@
+import io
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+from mole_asr.data_prep import debian
+
+from mole_asr.errors import MoleError
+
+OTHER_SUM = "0" * 64
+
+
+def package(content: dict[str, bytes]) -> bytes:
+    """A .deb package, as deb(5) describes it, with an odd-sized member before the data."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:xz") as tar:
+        for name, data in content.items():
+            info = tarfile.TarInfo(f"./{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    result = b"!<arch>\n"
+    for name, data in {"debian-binary": b"2.0", "data.tar.xz": buffer.getvalue()}.items():
+        result += (
+            f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+        )
+    return result
+
+
+@pytest.fixture
+def fake_apt(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """An apt-get that knows no package before `update`; returns its calls."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str], cwd: str, **_: object) -> subprocess.CompletedProcess[str]:
+        calls.append(command[2:])
+        if command[2] == "download":
+            if not any(call[0] == "update" for call in calls):
+                return subprocess.CompletedProcess(command, 100, "", "noise\nE: Unable to locate package\n")
+            Path(cwd, f"{command[3]}_1_all.deb").write_bytes(package({"a": command[3].encode()}))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(debian.subprocess, "run", run)
+    monkeypatch.setattr(debian.shutil, "which", lambda _: "/usr/bin/apt-get")
+    return calls
+
+
+def test_members(tmp_path: Path) -> None:
+    content = {"usr/share/a.txt": b"abc", "usr/b": b""}
+    path = tmp_path / "x.deb"
+    path.write_bytes(package(content))
+    assert dict(debian.members(path)) == content
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, 160])
+def test_truncated_package_is_named(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "x.deb"
+    path.write_bytes(package({"a": b"abc"})[:cut])
+    with pytest.raises(MoleError, match=r"x\.deb"):
+        list(debian.members(path))
+
+
+def test_fetch_updates_private_lists_and_keeps_what_is_there(tmp_path: Path, fake_apt: list[list[str]]) -> None:
+    with pytest.warns(UserWarning, match="apt offers a_1_all.deb"):
+        debian.fetch({"a": OTHER_SUM}, tmp_path)
+    assert [call[0] for call in fake_apt] == ["download", "update", "download"]
+    assert all(option.startswith("-o") for option in fake_apt[1][1:])
+    fake_apt.clear()
+    debian.fetch({"a": OTHER_SUM}, tmp_path)  # apt vouched for it: neither fetched again nor refused
+    assert not fake_apt
+    assert {path.name for path in tmp_path.iterdir()} == {"a_1_all.deb", debian.APT_SUMS}
+    (tmp_path / "a_1_all.deb").write_bytes(b"")
+    with pytest.raises(MoleError, match="SHA-256"):
+        debian.fetch({"a": OTHER_SUM}, tmp_path)
+
+
+def test_without_apt_the_error_says_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(debian.shutil, "which", lambda _: None)
+    with pytest.raises(MoleError, match=r"https://packages.debian.org/a and .* --source"):
+        debian.fetch({"a": OTHER_SUM}, tmp_path)
