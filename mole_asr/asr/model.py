@@ -87,7 +87,6 @@ class ModelOutput:
         intermediate_log_probs_BTV: of the intermediate CTC heads, lowest first.
         evidence: of the language tokenizer.
         plan: of the MoLE blocks.
-        language_logits_BN: float32.
         reliability_B: float32 r of each utterance (mean over its frames where routing is frame-wise).
         expert_B: int64, the language expert of each utterance (the most frequent one where routing is frame-wise).
         frames: the padded batch's description.
@@ -103,7 +102,8 @@ class ModelOutput:
     intermediate_log_probs_BTV: list[Tensor] = field(default_factory=list)
 
     @property
-    def language_logits_BN(self) -> Tensor:  # noqa: D102
+    def language_logits_BN(self) -> Tensor:
+        """Language logits of each utterance."""
         return self.evidence.logits_BN
 
     @property
@@ -160,16 +160,15 @@ class MoleModel(nn.Module):
         audio_lengths_B: Tensor,
         languages_B: Tensor | None = None,
         true_probability: float = 1.0,
-        routing: Routing | None = None,
     ) -> ModelOutput:
         """Recognises a padded batch.
 
         Args:
             audio_BS: float32 waveforms, zero beyond their lengths.
             audio_lengths_B: int64, samples.
-            languages_B: int64 true languages, -1 where unknown; looked at only where the routing asks for them.
+            languages_B: int64 true languages, -1 where unknown. In training the configured routing says what they are
+                for; in evaluation they are taken, so leave them out to let the model hear the language.
             true_probability: with the routing "scheduled", how often the true language is taken in training.
-            routing: replaces the configured routing in this call.
         """
         features_BTF, frames_B = self.log_mel(audio_BS, audio_lengths_B)
         if self.feature_augment is not None:
@@ -186,7 +185,7 @@ class MoleModel(nn.Module):
                 languages_B=languages_B,
                 true_probability=true_probability,
                 reliability_logits=evidence.reliability_logits_BT if by_frame else evidence.reliability_logits_B,
-                routing=routing,
+                routing=None if self.training else "true",
             )
             return evidence, self.router(None, context)
 

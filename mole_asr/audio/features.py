@@ -1,6 +1,6 @@
 """Log-mel features, computed from waveforms on the model's device.
 
-Letters: B batch, S samples, T frames, F mel bins.
+Letters: B batch, S samples, T frames, C bins of the Fourier transform, F mel bins.
 """
 
 import torch
@@ -23,23 +23,20 @@ class LogMel(nn.Module):
         num_mels: F.
     """
 
+    window_S: Tensor
+    fbanks_CF: Tensor
+
     def __init__(self, sampling_rate_hz: int = 16000, num_mels: int = 80) -> None:
         super().__init__()
         self.hop = round(FRAME_SHIFT_S * sampling_rate_hz)
-        self.mel = torchaudio.transforms.MelSpectrogram(
-            sampling_rate_hz,
-            n_fft=512 if sampling_rate_hz == 16000 else 2 ** (round(WINDOW_S * sampling_rate_hz) - 1).bit_length(),
-            win_length=round(WINDOW_S * sampling_rate_hz),
-            hop_length=self.hop,
-            f_min=20.0,
-            f_max=0.475 * sampling_rate_hz,
-            n_mels=num_mels,
-            # Zeros beyond both ends: then the zeros that pad a batch change no frame.
-            pad_mode="constant",
+        window = round(WINDOW_S * sampling_rate_hz)
+        self.n_fft = 2 ** (window - 1).bit_length()
+        fbanks_CF = torchaudio.functional.melscale_fbanks(
+            self.n_fft // 2 + 1, 20.0, 0.475 * sampling_rate_hz, num_mels, sampling_rate_hz
         )
         # Rebuilt from the sizes above, so they have no place in a checkpoint.
-        self.mel.spectrogram.register_buffer("window", self.mel.spectrogram.window, persistent=False)
-        self.mel.mel_scale.register_buffer("fb", self.mel.mel_scale.fb, persistent=False)
+        self.register_buffer("window_S", torch.hann_window(window), persistent=False)
+        self.register_buffer("fbanks_CF", fbanks_CF, persistent=False)
 
     def forward(self, audio_BS: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Computes features without gradient, always in float32.
@@ -52,7 +49,19 @@ class LogMel(nn.Module):
             features_BTF, zero beyond their lengths, and the lengths in frames: samples // hop + 1.
         """
         with torch.no_grad(), torch.autocast(audio_BS.device.type, enabled=False):
-            log_BTF = self.mel(audio_BS.float()).clamp(min=POWER_FLOOR).log().transpose(1, 2)
+            spectrum_BCT = torch.stft(
+                audio_BS.float(),
+                self.n_fft,
+                self.hop,
+                win_length=len(self.window_S),
+                window=self.window_S,
+                # Zeros beyond both ends: then the zeros that pad a batch change no frame.
+                pad_mode="constant",
+                return_complex=True,
+            )
+            # Squares of both parts: the absolute value that torchaudio's spectrogram takes first costs three times more.
+            power_BTC = torch.view_as_real(spectrum_BCT).square().sum(-1).transpose(1, 2)
+            log_BTF = (power_BTC @ self.fbanks_CF).clamp(min=POWER_FLOOR).log()
             frames_B = lengths_B // self.hop + 1
             valid_BT1 = (torch.arange(log_BTF.shape[1], device=lengths_B.device) < frames_B[:, None])[:, :, None]
             count_B11 = frames_B[:, None, None]

@@ -1,0 +1,191 @@
+"""The Lightning task: one weighted sum of named losses, optimizer and schedule, validation by error rate."""
+
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from mole_asr.asr.checkpoint import load_model
+from mole_asr.asr.grow import grow_model
+from mole_asr.asr.losses import losses
+from mole_asr.asr.model import EncoderConfig, MoleModel
+from mole_asr.asr.muon import build_optimizer
+from mole_asr.audio.augment import SpecAugment
+from mole_asr.corpus.batch import Batch
+from mole_asr.corpus.text_tokenizer import TextTokenizer
+from mole_asr.decode.greedy import greedy_ctc
+from mole_asr.errors import MoleError
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weight of each named loss.
+
+    Attributes:
+        ctc: at the top of the encoder.
+        intermediate_ctc: mean over the intermediate heads.
+        language: cross-entropy of the language tokenizer (MoLE's lambda; ours to start from is 0.1).
+        reliability: of the reliability head, where it is trained.
+    """
+
+    ctc: float = 0.7
+    intermediate_ctc: float = 0.3
+    language: float = 0.1
+    reliability: float = 0.1
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Muon for matrices, AdamW for the rest; warm-up, then a straight line to zero at the last step.
+
+    Attributes:
+        lr: of the matrices.
+        adamw_lr: of all other parameters.
+        weight_decay: decoupled, of the matrices.
+        warmup_share: share of all steps.
+    """
+
+    lr: float = 0.02
+    adamw_lr: float = 3e-3
+    weight_decay: float = 0.01
+    warmup_share: float = 0.03
+
+    def scale(self, step: int, steps: int) -> float:
+        """Learning rate of a step over the configured one."""
+        warmup = max(1, round(self.warmup_share * steps))
+        return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
+
+
+@dataclass
+class _Errors:
+    """Edit distance and characters of the references, for the error rate of one language."""
+
+    distance: int = 0
+    characters: int = 0
+    sample: str = field(default="")
+
+
+class MoleTask(LightningModule):
+    """Trains a `MoleModel`.
+
+    Args:
+        tokenizer: path of the text tokenizer; taken from `data.tokenizer`.
+        languages: codes; taken from the data.
+        encoder: sizes and switches of the model.
+        loss_weights: of the named losses.
+        optimizer: learning rates and schedule.
+        scheduled_share: with the routing "scheduled": by this share of all steps, the true language is taken no more.
+        spec_augment: whether to mask features in training.
+        init_from: folder of a trained model to start from; it grows to new pieces and languages.
+        seed: of dropout, masks and schedules: step n draws the same numbers in every run, resumed or not.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        languages: list[str],
+        encoder: EncoderConfig = EncoderConfig(),  # noqa: B008 (frozen)
+        loss_weights: LossWeights = LossWeights(),  # noqa: B008
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        scheduled_share: float = 0.5,
+        spec_augment: bool = True,
+        init_from: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.text_tokenizer = TextTokenizer(tokenizer)
+        self.loss_weights, self.optimizer_config = loss_weights, optimizer
+        self.scheduled_share, self.seed = scheduled_share, seed
+        if init_from is None:
+            torch.manual_seed(seed)
+            self.model = MoleModel(encoder, languages, self.text_tokenizer.vocab_size)
+        else:
+            old, old_tokenizer = load_model(Path(init_from))
+            self.model = grow_model(old, old_tokenizer, self.text_tokenizer, languages)
+        self.model.feature_augment = SpecAugment() if spec_augment else None
+        self._errors: dict[int, _Errors] = {}
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """The weighted sum of the losses of a batch."""
+        torch.manual_seed(zlib.crc32(f"{self.seed} {self.global_step} {self.global_rank}".encode()))
+        progress = self.global_step / max(1, self.trainer.estimated_stepping_batches)
+        output = self.model(
+            batch.audio_BS,
+            batch.audio_lengths_B,
+            batch.languages_B,
+            true_probability=max(0.0, 1 - progress / self.scheduled_share),
+        )
+        config = self.model.config
+        named = losses(output, batch, config.reliability, config.routing_unit == "frame")
+        total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))
+        self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=len(batch))
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
+        self.log("train/reliability", output.reliability_B.detach().mean(), batch_size=len(batch))
+        for skipped in batch.skipped:
+            self.print(f"skipped {skipped}")
+        return total
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Counts character errors a language; the model hears the language by itself."""
+        output = self.model(batch.audio_BS, batch.audio_lengths_B)
+        right = (output.language_logits_BN.argmax(1) == batch.languages_B).float().mean()
+        self.log("valid/language_accuracy", right, batch_size=len(batch), sync_dist=True)
+        self.log("valid/reliability", output.reliability_B.mean(), batch_size=len(batch), sync_dist=True)
+        decoded = greedy_ctc(output.log_probs_BTV, output.lengths_B)
+        for ids, text, language in zip(decoded, batch.texts, batch.languages_B.tolist(), strict=True):
+            hypothesis = self.text_tokenizer.decode(ids)
+            errors = self._errors.setdefault(language, _Errors())
+            errors.distance += _edit_distance(text, hypothesis)
+            errors.characters += len(text)
+            if len(text) > 12 and not errors.sample:
+                errors.sample = f"{text}\n      -> {hypothesis}"
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the macro-averaged character error rate and shows one decoded utterance a language."""
+        rates = {
+            self.model.languages[language]: 100 * errors.distance / max(1, errors.characters)
+            for language, errors in sorted(self._errors.items())
+        }
+        if rates and not self.trainer.sanity_checking:
+            self.log_dict({f"valid/cer_{code}": rate for code, rate in rates.items()}, sync_dist=True)
+            self.log("valid/cer", sum(rates.values()) / len(rates), prog_bar=True, sync_dist=True)
+            samples = [f"  {self.model.languages[n]}  {errors.sample}" for n, errors in sorted(self._errors.items())]
+            self.print("\n".join([f"\nepoch {self.current_epoch}, step {self.global_step}:", *samples]))
+        self._errors.clear()
+
+    def configure_optimizers(self) -> Any:
+        """Muon with AdamW, and a schedule a step."""
+        config = self.optimizer_config
+        optimizer = build_optimizer(self.model, config.lr, config.adamw_lr, config.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.scale(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes what the ids mean, to refuse a resume that would change it."""
+        checkpoint["languages"] = self.model.languages
+        checkpoint["tokenizer_crc"] = zlib.crc32(self.text_tokenizer.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the run to resume has the same languages and the same text tokenizer.
+
+        Raises:
+            MoleError: it has not.
+        """
+        same = checkpoint["languages"] == self.model.languages
+        if not same or checkpoint["tokenizer_crc"] != zlib.crc32(self.text_tokenizer.model):
+            raise MoleError(
+                "the run to resume has another text tokenizer or other languages than the data now: "
+                "give another --output, or remove its checkpoints folder to train anew"
+            )
+
+
+def _edit_distance(reference: str, hypothesis: str) -> int:
+    """Character errors: substitutions, deletions and insertions."""
+    from rapidfuzz.distance import Levenshtein  # comes with jiwer
+
+    return Levenshtein.distance(reference, hypothesis)
