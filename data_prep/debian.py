@@ -36,18 +36,30 @@ def fetch(packages: Mapping[str, str], folder: Path) -> None:
     for package in packages:
         if path := package_file(package, folder):
             verify(path, packages[package])
-            continue
-        print(f"fetching {package} ...", flush=True)
-        path = _apt_download(package, folder)
-        if sha256(path) != packages[package]:
-            sums = folder / APT_SUMS
-            known = sums.read_text() if sums.exists() else ""
-            write_text(sums, f"{known}{sha256(path)}  {path.name}\n")
-            warnings.warn(
-                f"apt offers {path.name}, not the version that our figures come from; apt has verified it against "
-                "its signed index, so it is used, but results may differ",
-                stacklevel=2,
-            )
+    missing = [package for package in packages if package_file(package, folder) is None]
+    if missing and shutil.which("apt-get") is None:
+        raise MoleError(f"apt-get is missing; {_by_hand(missing)}")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".apt-") as scratch:
+        for package in missing:
+            print(f"fetching {package} ...", flush=True)
+            path = _apt_download(package, Path(scratch))
+            if sha256(path) != packages[package]:
+                _accept_from_apt(path, folder)
+            path.rename(folder / path.name)
+
+
+def verified(packages: Mapping[str, str], folder: Path) -> dict[str, Path]:
+    """Returns package name -> .deb file in `folder`, each with the SHA-256 sum that it should have.
+
+    Raises:
+        MoleError: a package is missing or has a wrong sum.
+    """
+    found = {package: path for package in packages if (path := package_file(package, folder))}
+    if missing := [package for package in packages if package not in found]:
+        raise MoleError(f"{folder}: {len(missing)} packages are missing; {_by_hand(missing)}")
+    for package, path in found.items():
+        verify(path, packages[package])
+    return found
 
 
 def sha256(path: Path) -> str:
@@ -93,27 +105,38 @@ def _data_archive(package: bytes) -> bytes:
     raise ValueError("it holds no data.tar")
 
 
-def _apt_download(package: str, folder: Path) -> Path:
-    """Downloads one package to `folder`, first with the machine's package lists, then with fresh private ones."""
-    if shutil.which("apt-get") is None:
-        raise MoleError(f"apt-get is missing; {_by_hand(package)}")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".apt-") as scratch:
-        private = [f"-oDir::State::Lists={scratch}/lists", f"-oDir::Cache={scratch}/cache"]
-        private += ["-oAPT::Sandbox::User=root"]  # as root, apt would drop rights and be refused its own folder
-        for name in ("lists/partial", "cache/archives/partial"):
-            Path(scratch, name).mkdir(parents=True)
-        if _apt(["download", package], scratch):
-            if _apt(["update", *private], scratch):
-                raise MoleError(f"apt-get update fails (no network?); {_by_hand(package)}")
-            if error := _apt(["download", package, *private], scratch):
-                raise MoleError(f"apt-get cannot download {package}: {error}; {_by_hand(package)}")
-        fetched = package_file(package, Path(scratch))
-        if fetched is None:
-            raise MoleError(f"apt-get left no file for {package}; {_by_hand(package)}")
-        return fetched.rename(folder / fetched.name)
+def _apt_download(package: str, scratch: Path) -> Path:
+    """Downloads one package to `scratch`: with the machine's package lists, or else with private ones kept there."""
+    lists, cache = scratch / "lists", scratch / "cache"
+    # As root, apt would drop its rights and then be refused its own folder.
+    private = [f"-oDir::State::Lists={lists}", f"-oDir::Cache={cache}", "-oAPT::Sandbox::User=root"]
+    if lists.exists() or _apt(["download", package], scratch):
+        if not lists.exists():
+            for folder in (lists, cache / "archives"):
+                (folder / "partial").mkdir(parents=True)
+            if error := _apt(["update", *private], scratch):
+                raise MoleError(f"apt-get update fails: {error}; {_by_hand([package])}")
+        if error := _apt(["download", package, *private], scratch):
+            raise MoleError(f"apt-get cannot download {package}: {error}; {_by_hand([package])}")
+    fetched = package_file(package, scratch)
+    if fetched is None:
+        raise MoleError(f"apt-get left no file for {package}; {_by_hand([package])}")
+    return fetched
 
 
-def _apt(arguments: list[str], folder: str) -> str:
+def _accept_from_apt(path: Path, folder: Path) -> None:
+    """Notes the sum of a package that is not the pinned one, and says so."""
+    sums = folder / APT_SUMS
+    known = sums.read_text() if sums.exists() else ""
+    write_text(sums, f"{known}{sha256(path)}  {path.name}\n")
+    warnings.warn(
+        f"apt offers {path.name}, not the version that our figures come from; apt has verified it against its signed "
+        "index, so it is used, but results may differ",
+        stacklevel=3,
+    )
+
+
+def _apt(arguments: list[str], folder: Path) -> str:
     """Runs apt-get in `folder`; returns the last line of its complaint, or nothing when all went well."""
     result = subprocess.run(["apt-get", "-q", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode == 0:
@@ -121,5 +144,6 @@ def _apt(arguments: list[str], folder: str) -> str:
     return (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
 
 
-def _by_hand(package: str) -> str:
-    return f"get {package} from https://packages.debian.org/{package} and name its folder with --source"
+def _by_hand(packages: list[str]) -> str:
+    names = ", ".join(packages)
+    return f"download {names} from https://packages.debian.org/{packages[0]} and so on, and give the folder as --source"

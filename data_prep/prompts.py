@@ -74,11 +74,12 @@ def prepare(output: str | Path, languages: Sequence[str] = LANGUAGES, source: st
     """
     output = Path(output)
     _check_languages(languages)
-    packages = Path(source) if source is not None else output / "packages"
+    folder = Path(source) if source is not None else output / "packages"
     recipe = _recipe(languages)
     if not _is_done(output, recipe):
         if source is None:
-            fetch_packages(languages, packages)
+            fetch_packages(languages, folder)
+        packages = debian.verified(_sums(languages), folder)
         utterances: dict[str, list[Utterance]] = {split: [] for split in SPLITS}
         left_out: list[tuple[str, str, str]] = []
         for language in languages:
@@ -95,7 +96,7 @@ def fetch_packages(languages: Iterable[str], folder: str | Path) -> None:
     Raises:
         MoleError: apt is missing or fails, or a file there has a wrong checksum.
     """
-    debian.fetch({name: _SUMS[name] for language in languages for name in _package_names(language)}, Path(folder))
+    debian.fetch(_sums(languages), Path(folder))
 
 
 def clean(key: str, line: str) -> str:
@@ -127,7 +128,7 @@ def split_of(key: str) -> str:
 
 def _prepare_language(
     language: str,
-    packages: Path,
+    packages: Mapping[str, Path],
     output: Path,
     utterances: Mapping[str, list[Utterance]],
     left_out: list[tuple[str, str, str]],
@@ -135,8 +136,8 @@ def _prepare_language(
     """Adds the utterances of a language to `utterances` and what is left out of it to `left_out`."""
     print(f"{language}: unpacking and decoding ...", flush=True)
     transcripts, audio = _package_names(language)
-    texts = _read_transcripts(_package(transcripts, packages), language)
-    for name, content in debian.members(_package(audio, packages)):
+    texts = _read_transcripts(packages[transcripts], language)
+    for name, content in debian.members(packages[audio]):
         # usr/share/asterisk/sounds/<speaker>/<key>.g722
         speaker, _, key = name.partition("/sounds/")[2].removesuffix(".g722").partition("/")
         if not name.endswith(".g722") or not key:
@@ -178,8 +179,10 @@ def _decode(content: bytes, path: Path) -> int:
         return num_samples
     with av.open(io.BytesIO(content), mode="r", format="g722") as container:
         audio_S = np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])
+    wav = io.BytesIO()  # soundfile waits for the disk (fsync) at every file that it closes; half of the time went there
+    soundfile.write(wav, audio_S, SAMPLING_RATE_HZ, subtype="PCM_16", format="WAV")
     with atomic_path(path) as temporary:
-        soundfile.write(temporary, audio_S, SAMPLING_RATE_HZ, subtype="PCM_16")
+        temporary.write_bytes(wav.getbuffer())
     return len(audio_S)
 
 
@@ -192,12 +195,8 @@ def _package_names(language: str) -> tuple[str, str]:
     return f"asterisk-core-sounds-{language}", f"asterisk-core-sounds-{language}-g722"
 
 
-def _package(name: str, folder: Path) -> Path:
-    path = debian.package_file(name, folder)
-    if path is None:
-        raise MoleError(f"{folder}: no file {name}_*.deb; get it from https://packages.debian.org/{name}")
-    debian.verify(path, _SUMS[name])
-    return path
+def _sums(languages: Iterable[str]) -> dict[str, str]:
+    return {name: _SUMS[name] for language in languages for name in _package_names(language)}
 
 
 def _check_languages(languages: Sequence[str]) -> None:

@@ -61,20 +61,26 @@ def test_truncated_package_is_named(tmp_path: Path, cut: int) -> None:
 
 
 def test_fetch_updates_private_lists_and_keeps_what_is_there(tmp_path: Path, fake_apt: list[list[str]]) -> None:
-    with pytest.warns(UserWarning, match="apt offers a_1_all.deb"):
-        debian.fetch({"a": OTHER_SUM}, tmp_path)
-    assert [call[0] for call in fake_apt] == ["download", "update", "download"]
+    packages = {"a": OTHER_SUM, "b": OTHER_SUM}
+    with pytest.warns(UserWarning, match="apt offers a_1_all.deb"), pytest.warns(UserWarning, match="b_1_all.deb"):
+        debian.fetch(packages, tmp_path)
+    assert [call[0] for call in fake_apt] == ["download", "update", "download", "download"]
     assert all(option.startswith("-o") for option in fake_apt[1][1:])
     fake_apt.clear()
-    debian.fetch({"a": OTHER_SUM}, tmp_path)  # apt vouched for it: neither fetched again nor refused
+    debian.fetch(packages, tmp_path)  # apt vouched for them: neither fetched again nor refused
     assert not fake_apt
-    assert {path.name for path in tmp_path.iterdir()} == {"a_1_all.deb", debian.APT_SUMS}
+    assert debian.verified(packages, tmp_path) == {name: tmp_path / f"{name}_1_all.deb" for name in packages}
+    assert len(list(tmp_path.iterdir())) == 3  # and the sums
+    (tmp_path / "a_1_all.deb").unlink()
+    with pytest.warns(UserWarning, match="apt offers a_1_all.deb"):
+        debian.fetch(packages, tmp_path)
+    assert "b" not in [call[1] for call in fake_apt if call[0] == "download"]
     (tmp_path / "a_1_all.deb").write_bytes(b"")
     with pytest.raises(MoleError, match="SHA-256"):
-        debian.fetch({"a": OTHER_SUM}, tmp_path)
+        debian.fetch(packages, tmp_path)
 
 
 def test_without_apt_the_error_says_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debian.shutil, "which", lambda _: None)
-    with pytest.raises(MoleError, match=r"https://packages.debian.org/a and .* --source"):
-        debian.fetch({"a": OTHER_SUM}, tmp_path)
+    with pytest.raises(MoleError, match=r"download a, b from https://packages.debian.org/a .* --source"):
+        debian.fetch({"a": OTHER_SUM, "b": OTHER_SUM}, tmp_path)
