@@ -15,11 +15,13 @@ class Verb:
         function: "module:function"; its docstring and signature make the command's help and options.
         help: one line.
         several: name of the one parameter that is positional and takes one or more values; else all required ones are.
+        prints: whether the result is to be printed; some verbs print while they work.
     """
 
     function: str
     help: str
     several: str | None = None
+    prints: bool = True
 
 
 VERBS = {
@@ -28,7 +30,7 @@ VERBS = {
     "tokenizer train": Verb("mole_asr.corpus.text_tokenizer:train_tokenizer", "train a text tokenizer on a manifest"),
     "tokenizer extend": Verb("mole_asr.corpus.text_tokenizer:extend_tokenizer", "add the pieces of a new language"),
     "fit": Verb("mole_asr.asr.fit:fit", "train a model, or go on with an interrupted training"),
-    "transcribe": Verb("mole_asr.transcribe.command:transcribe", "audio files, folders, manifests to text", "files"),
+    "transcribe": Verb("mole_asr.transcribe.command:transcribe", "audio files, folders, manifests to text", "files", False),
     "score": Verb("mole_asr.score.score:score", "word and character error rates with confidence intervals"),
     "report": Verb("mole_asr.score.report:report", "table, report.json and report.html of a trained model"),
     "doctor": Verb("mole_asr.doctor:doctor", "check the installation"),
@@ -101,7 +103,7 @@ def _run(verb: Verb, words: list[str], program: str) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    if result is not None and str(result):
+    if result is not None and verb.prints:
         print(result)
     return 1 if getattr(result, "failures", None) else 0
 
