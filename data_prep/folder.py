@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mole_asr.data_prep.output import SPLITS, print_summary, write_corpus
-
 from mole_asr.audio.read import AUDIO_SUFFIXES, probe
 from mole_asr.corpus.languages import check_language, is_known_language
 from mole_asr.corpus.manifest import Utterance
 from mole_asr.corpus.normalize import normalize
+from mole_asr.data_prep.output import SPLITS, print_summary, write_corpus
 from mole_asr.errors import MoleError
 
 _EXPECTED = "give a folder of audio files with a .txt beside each, or a .tsv, .csv or .jsonl table (path, text, ...)"

@@ -21,12 +21,12 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
-from mole_asr.data_prep import debian
-from mole_asr.data_prep.output import SPLITS, manifest_path, print_summary, write_corpus
 
 from mole_asr.corpus import normalize as normalize_module
 from mole_asr.corpus.manifest import Manifest, Utterance
 from mole_asr.corpus.normalize import normalize
+from mole_asr.data_prep import debian
+from mole_asr.data_prep.output import SPLITS, manifest_path, print_summary, write_corpus
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
 

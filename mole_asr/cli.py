@@ -30,7 +30,9 @@ VERBS = {
     "tokenizer train": Verb("mole_asr.corpus.text_tokenizer:train_tokenizer", "train a text tokenizer on a manifest"),
     "tokenizer extend": Verb("mole_asr.corpus.text_tokenizer:extend_tokenizer", "add the pieces of a new language"),
     "fit": Verb("mole_asr.asr.fit:fit", "train a model, or go on with an interrupted training"),
-    "transcribe": Verb("mole_asr.transcribe.command:transcribe", "audio files, folders, manifests to text", "files", False),
+    "transcribe": Verb(
+        "mole_asr.transcribe.command:transcribe", "audio files, folders, manifests to text", "files", prints=False
+    ),
     "score": Verb("mole_asr.score.score:score", "word and character error rates with confidence intervals"),
     "report": Verb("mole_asr.score.report:report", "table, report.json and report.html of a trained model"),
     "doctor": Verb("mole_asr.doctor:doctor", "check the installation"),
@@ -115,7 +117,7 @@ def _call(function: Any, verb: Verb, words: list[str], program: str) -> Any:
     parser = ArgumentParser(prog=program, description=verb.help)
     if verb.several:
         parser.add_argument(verb.several, nargs="+", type=str)
-    skip = {verb.several} if verb.several else set()
+    skip: set[str | int] = {verb.several} if verb.several else set()
     parser.add_function_arguments(function, as_group=False, as_positional=not verb.several, skip=skip)
     options = parser.instantiate_classes(parser.parse_args([_dashes(word) for word in words]))
     return function(**options.as_dict())

@@ -1,6 +1,7 @@
 """A trained model as a folder: tensors and JSON only, nothing pickled.
 
-model.safetensors, config.json (sizes and switches), languages.json (codes, in the order of the experts), tokenizer.model.
+model.safetensors, config.json (sizes and switches), languages.json (codes, in the order of the experts),
+tokenizer.model.
 """
 
 import json
@@ -41,7 +42,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     config, languages = _read_json(folder / "config.json"), _read_json(folder / "languages.json")
     tokenizer = TextTokenizer(folder)
     if config.get("format") != FORMAT:
-        raise MoleError(f"{folder / 'config.json'}: format {config.get('format')} is not {FORMAT}; train the model anew")
+        raise MoleError(f"{folder / 'config.json'}: format {config.get('format')} is not {FORMAT}; train anew")
     if tokenizer.vocab_size != config["vocab_size"]:
         raise MoleError(
             f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the model {config['vocab_size']}; "
@@ -72,4 +73,5 @@ def _encoder_config(values: dict[str, Any], folder: Path) -> EncoderConfig:
     if unknown:
         raise MoleError(f"{folder / 'config.json'}: unknown key encoder.{min(unknown)}; update mole_asr")
     # JSON has no tuples.
-    return EncoderConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    arguments: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return EncoderConfig(**arguments)

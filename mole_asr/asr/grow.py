@@ -36,7 +36,7 @@ def grow_model(
         )
     if new_languages[: len(model.languages)] != model.languages:
         raise MoleError(
-            f"data.languages: {new_languages} must begin with {model.languages}, the languages of the model to start from"
+            f"data.languages: {new_languages} must begin with those of the model to start from, {model.languages}"
         )
     grown = MoleModel(model.config, new_languages, new_tokenizer.vocab_size)
     old_state, new_state = model.state_dict(), grown.state_dict()

@@ -61,7 +61,7 @@ class EncoderConfig:
         problems = [
             (self.d_model % self.num_heads != 0, f"d_model: {self.d_model} is no multiple of num_heads"),
             (self.kernel_size % 2 == 0, f"kernel_size: {self.kernel_size} must be odd"),
-            (not 0 <= dense, f"num_mole_blocks: {self.num_mole_blocks} is more than num_blocks {self.num_blocks}"),
+            (not dense >= 0, f"num_mole_blocks: {self.num_mole_blocks} is more than num_blocks {self.num_blocks}"),
             (
                 not 0 <= self.language_tokenizer_block <= dense,
                 f"language_tokenizer_block: {self.language_tokenizer_block} must be 0..{dense}, before the MoLE blocks",

@@ -74,15 +74,15 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["muon"]:
                 self._step_matrices(parameters, group)
             elif parameters:
                 self._step_adamw(parameters, group)
         return loss
 
-    def _step_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+    def _step_matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             by_shape[parameter.shape[-2:]].append(parameter)
         for (rows, columns), alike in by_shape.items():
@@ -91,24 +91,24 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]).view(-1, rows, columns))
+                gradient = parameter.grad
+                assert gradient is not None
+                state["momentum"].lerp_(gradient, 1 - group["momentum"])
+                updates.append(gradient.lerp(state["momentum"], group["momentum"]).view(-1, rows, columns))
             orthogonal_NXY = orthogonalize(torch.cat(updates)).to(alike[0].dtype)
             rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-            for parameter, update in zip(
-                alike, orthogonal_NXY.split([len(update) for update in updates]), strict=True
-            ):
+            for parameter, update in zip(alike, orthogonal_NXY.split([len(update) for update in updates]), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.view_as(parameter), alpha=-rate)
 
-    def _step_adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _step_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[parameter] for parameter in parameters]
         for state, parameter in zip(states, parameters, strict=True):
             if not state:
                 state.update(step=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
             state["step"] += 1
         beta1, beta2 = group["betas"]
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         means, squares = [state["mean"] for state in states], [state["square"] for state in states]
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
@@ -122,7 +122,8 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizer(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float) -> Muon:
     """Muon for every matrix inside the blocks, experts too; AdamW for heads, convolutions, norms and biases."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = ".blocks." in f".{name}"
         is_matrix = parameter.ndim == 2 and name.endswith("weight")

@@ -89,8 +89,8 @@ class MoleTask(LightningModule):
         tokenizer: str,
         languages: list[str],
         encoder: EncoderConfig = EncoderConfig(),  # noqa: B008 (frozen)
-        loss_weights: LossWeights = LossWeights(),  # noqa: B008
-        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        loss_weights: LossWeights = LossWeights(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
         scheduled_share: float = 0.5,
         spec_augment: bool = True,
         init_from: str | None = None,

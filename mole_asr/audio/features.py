@@ -59,7 +59,7 @@ class LogMel(nn.Module):
                 pad_mode="constant",
                 return_complex=True,
             )
-            # Squares of both parts: the absolute value that torchaudio's spectrogram takes first costs three times more.
+            # Squares of both parts: torchaudio's spectrogram takes the absolute value first, three times slower.
             power_BTC = torch.view_as_real(spectrum_BCT).square().sum(-1).transpose(1, 2)
             log_BTF = (power_BTC @ self.fbanks_CF).clamp(min=POWER_FLOOR).log()
             frames_B = lengths_B // self.hop + 1

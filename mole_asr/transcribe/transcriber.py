@@ -111,7 +111,7 @@ class Transcriber:
         language_id = None if language is None else self._language_id(language)
         self.failures = []
         if isinstance(inputs, str | Path | np.ndarray) or hasattr(inputs, "audio_path"):
-            inputs = [inputs]
+            inputs = [inputs]  # type: ignore[list-item]
         return self._transcribe(inputs, language_id, batch_seconds)
 
     def _language_id(self, language: str) -> int:
