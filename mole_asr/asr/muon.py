@@ -113,11 +113,11 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        step = states[0]["step"]
+        steps = [state["step"] for state in states]  # fewer for a parameter that had no gradient at first
         roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, (1 - beta2**step) ** 0.5)
+        torch._foreach_div_(roots, [(1 - beta2**step) ** 0.5 for step in steps])
         torch._foreach_add_(roots, 1e-8)
-        torch._foreach_addcdiv_(parameters, means, roots, -group["lr"] / (1 - beta1**step))
+        torch._foreach_addcdiv_(parameters, means, roots, [-group["lr"] / (1 - beta1**step) for step in steps])
 
 
 def build_optimizer(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float) -> Muon:
