@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mole_asr.asr.losses import ctc_loss, losses
-from mole_asr.asr.model import MoleModel, ModelOutput
+from mole_asr.asr.model import ModelOutput, MoleModel
 from mole_asr.corpus.batch import Batch
 from mole_asr.errors import MoleError
 from mole_asr.moe.routers import Reliability
