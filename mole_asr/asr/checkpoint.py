@@ -41,14 +41,10 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     folder = Path(folder)
     config, languages = _read_json(folder / "config.json"), _read_json(folder / "languages.json")
     tokenizer = TextTokenizer(folder)
-    if config.get("format") != FORMAT:
-        raise MoleError(f"{folder / 'config.json'}: format {config.get('format')} is not {FORMAT}; train anew")
-    if tokenizer.vocab_size != config["vocab_size"]:
-        raise MoleError(
-            f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the model {config['vocab_size']}; "
-            "use the tokenizer it was trained with"
-        )
-    model = MoleModel(_encoder_config(config["encoder"], folder), languages, config["vocab_size"])
+    try:
+        model = _build(config, languages, tokenizer, folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MoleError(f"{folder / 'config.json'}: no config of ours ({error!r}); copy the folder anew") from None
     path = folder / "model.safetensors"
     try:
         model.load_state_dict(load_file(path))
@@ -57,6 +53,20 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     except RuntimeError as error:
         raise MoleError(f"{path}: does not fit config.json: {' '.join(str(error).split())}") from None
     return model.to(device).eval(), tokenizer
+
+
+def _build(config: Any, languages: Any, tokenizer: TextTokenizer, folder: Path) -> MoleModel:
+    """A model without weights; files that lack something raise whatever error that gives."""
+    if config.get("format") != FORMAT:
+        raise MoleError(
+            f"{folder / 'config.json'}: format {config.get('format')} is not {FORMAT}; train the model anew"
+        )
+    if tokenizer.vocab_size != config["vocab_size"]:
+        raise MoleError(
+            f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the model {config['vocab_size']}; "
+            "use the tokenizer it was trained with"
+        )
+    return MoleModel(_encoder_config(config["encoder"], folder), languages, config["vocab_size"])
 
 
 def _read_json(path: Path) -> Any:
