@@ -26,7 +26,7 @@ def wider(
 
 @pytest.fixture
 def old(make_model: Callable[..., MoleModel]) -> MoleModel:
-    return make_model(num_mole_blocks=2, intermediate_ctc_blocks=(1,)).eval()
+    return make_model(num_mole_blocks=2, intermediate_ctc_blocks=(1,), language_tokenizer_block=0).eval()
 
 
 def test_old_rows_are_untouched_and_a_new_expert_is_the_agnostic_one(
@@ -57,7 +57,7 @@ def test_old_languages_are_recognised_as_before(
     V = tokenizer.vocab_size
     before, after = (model(batch.audio_BS, batch.audio_lengths_B) for model in (old, grown))
     torch.testing.assert_close(after.language_logits_BN[:, :3], before.language_logits_BN)
-    # Self-conditioning hears the posterior, in which new pieces now have a share, and MoLE blocks the new language; nothing changed before.
+    # Behind this head, self-conditioning hears that new pieces have a share now, and r that there is a new language.
     first = before.intermediate_log_probs_BTV[0], after.intermediate_log_probs_BTV[0][..., :V]
     torch.testing.assert_close(*(x - x.logsumexp(-1, keepdim=True) for x in first))
     assert torch.equal(*(x.argsort(-1) for x in first))
