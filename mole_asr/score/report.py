@@ -1,13 +1,21 @@
 """The report of a run: figures as JSON, and a page with tables, training curves, routing and the worst utterances."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from mole_asr.corpus.manifest import Manifest
+from mole_asr.errors import MoleError
 from mole_asr.files import write_text
-from mole_asr.score.charts import read_curves, read_routing
+from mole_asr.score.charts import Routing, read_curves
 from mole_asr.score.page import page
 from mole_asr.score.score import ScoreReport, score
+
+LONGEST_PICTURE_S = 8.0
 
 
 def report(
@@ -16,23 +24,25 @@ def report(
     output: str | Path,
     *,
     logs: str | Path | None = None,
-    routing: str | Path | None = None,
+    model: str | Path | None = None,
     seconds: float | None = None,
     fold_accents: Sequence[str] = (),
     seed: int = 0,
 ) -> ScoreReport:
     """Scores hypotheses by language and writes `report.json` and `report.html` into the folder `output`.
 
-    Rates are in percent; the key `units` of the JSON file says so for each.
+    Rates are in percent; the key `units` of the JSON file says so for each. Where `transcribe` has left a file
+    `x.stats.json` beside the hypotheses `x.jsonl`, its figures go into `report.json` too: the real-time factor, and its
+    `seconds` under the name `transcribe_seconds`.
 
     Args:
         reference: a manifest (JSONL) or plain text, as for `score`.
         hypothesis: transcripts (JSONL) or plain text, as for `score`.
         output: a folder; made if missing.
         logs: Lightning's CSV logs (`metrics.csv`, or a folder that holds some) for the training curves.
-        routing: a JSON object with the language posteriors of one utterance: `id`, `text`, `languages` [N],
-            `frame_shift_s`, `evidence` [frames][N], `reliability`.
-        seconds: wall-clock time of the transcription, for the real-time factor.
+        model: folder of the trained model, for a picture of the routing of one utterance; the reference must be a
+            manifest then.
+        seconds: wall-clock time of the whole recipe; goes into `report.json` as it is.
         fold_accents: languages to score without accents.
         seed: of the bootstrap.
 
@@ -40,8 +50,38 @@ def report(
         MoleError: a file is missing, malformed or does not fit the others.
     """
     curves = read_curves(logs) if logs is not None else None
-    picture = read_routing(routing) if routing is not None else None
-    result = replace(score(reference, hypothesis, by="language", fold_accents=fold_accents, seed=seed), seconds=seconds)
-    result.write(Path(output) / "report.json")
-    write_text(Path(output) / "report.html", page(result, curves, picture))
+    stats = _read_stats(Path(hypothesis).with_suffix(".stats.json"))
+    result = score(reference, hypothesis, by="language", fold_accents=fold_accents, seed=seed)
+    result = replace(result, seconds=stats.pop("seconds", None))
+    routing = _routing(model, reference) if model is not None else None
+    figures = {**result.to_dict(), "transcribe_seconds": result.seconds, **stats, "seconds": seconds}
+    write_text(Path(output) / "report.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    write_text(Path(output) / "report.html", page(result, curves, routing))
     return result
+
+
+def _read_stats(path: Path) -> dict[str, Any]:
+    """What `transcribe` has written beside its transcripts; nothing if there is no such file."""
+    try:
+        stats = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise MoleError(f"{path}: cannot be read ({error}); delete it, or transcribe again") from None
+    if not isinstance(stats, dict) or not isinstance(stats.get("seconds", 0.0), int | float):
+        raise MoleError(f"{path}: not the figures of a transcription; delete it, or transcribe again")
+    return stats
+
+
+def _routing(model: str | Path, reference: str | Path) -> Routing:
+    """The routing of the longest utterance that is short enough for a picture."""
+    # torch takes seconds to import, and no other part of a score needs it.
+    from mole_asr.asr.routing import routing_picture
+
+    manifest = Manifest(reference)
+    if not len(manifest):
+        raise MoleError(f"{reference}: no utterance to draw; leave out --model")
+    fitting = np.where(manifest.durations_s <= LONGEST_PICTURE_S, manifest.durations_s, -manifest.durations_s)
+    picture = routing_picture(model, manifest[int(fitting.argmax())])
+    return Routing(**{key: value for key, value in picture.items() if key != "evidence"},
+                   evidence_TN=np.array(picture["evidence"]))  # fmt: skip

@@ -83,11 +83,18 @@ def routing(tmp_path: Path) -> Path:
     return path
 
 
-def test_everything(files: tuple[Path, Path], logs: Path, routing: Path, tmp_path: Path) -> None:
-    found = report(*files, tmp_path / "out", logs=logs, routing=routing, seconds=9.0)
+def test_everything(
+    files: tuple[Path, Path], logs: Path, routing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # tests/asr/test_routing.py draws the picture of a model; torch stays out of here.
+    monkeypatch.setattr("mole_asr.score.report._routing", lambda model, reference: read_routing(model))
+    stats = {"audio_s": 45.0, "seconds": 9.0, "real_time_factor": 0.2, "parameters": 123}
+    files[1].with_suffix(".stats.json").write_text(json.dumps(stats))
+    found = report(*files, tmp_path / "out", logs=logs, model=routing, seconds=700)
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["macro"]["wer"] == found.macro.wer and written["macro"]["cer"] == found.macro.cer
-    assert written["seconds"] == 9 and written["real_time_factor"] == pytest.approx(0.2)
+    assert written["seconds"] == 700 and written["transcribe_seconds"] == 9 and written["parameters"] == 123
+    assert written["real_time_factor"] == pytest.approx(0.2)
     assert {"wer", "cer", "utterances", "hours", "language_id_accuracy", "wer_interval", "cer_interval",
             "reliability_right", "reliability_wrong"} <= written["languages"]["en"].keys()  # fmt: skip
     page = (tmp_path / "out" / "report.html").read_text()
@@ -109,6 +116,19 @@ def test_sections_without_facts_are_left_out(files: tuple[Path, Path], tmp_path:
     report(files[0], plain, tmp_path / "out")
     checked = Checker((tmp_path / "out" / "report.html").read_text())
     assert "svg" not in checked.tags and "Training" not in checked.text and "Routing" not in checked.text
+
+
+def test_times_that_are_not_known_are_null(files: tuple[Path, Path], tmp_path: Path) -> None:
+    report(*files, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [written[key] for key in ("seconds", "transcribe_seconds", "real_time_factor")] == [None] * 3
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"seconds": "9"}'])
+def test_bad_stats(files: tuple[Path, Path], tmp_path: Path, text: str) -> None:
+    files[1].with_suffix(".stats.json").write_text(text)
+    with pytest.raises(MoleError, match=r"hyp\.stats\.json"):
+        report(*files, tmp_path / "out")
 
 
 def test_a_perfect_score_has_no_worst(files: tuple[Path, Path], tmp_path: Path) -> None:
