@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -20,14 +20,23 @@ CHECKPOINT_EVERY_STEPS = 200
 
 
 class ExportModel(Callback):
-    """Writes the model folder at the end of the training, with the averaged weights."""
+    """Writes the model folder at the end of the training, with the averaged weights.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: to write.
+        average: the callback that averages, if one does.
+    """
+
+    def __init__(self, folder: Path, average: WeightAveraging | None) -> None:
         self.folder = folder
+        self.average = average
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports from rank 0; the weights were averaged at the end of the training."""
+        """Exports from rank 0."""
         assert isinstance(pl_module, MoleTask)
+        if self.average is not None:
+            # Once more: Lightning does not do it when a complete run is started again.
+            self.average.on_train_end(trainer, pl_module)
         if trainer.is_global_zero and trainer.state.status != "interrupted":
             save_model(pl_module.model, pl_module.text_tokenizer, self.folder)
             print(f"model written to {self.folder}", file=sys.stderr)
@@ -55,16 +64,17 @@ class MoleCLI(LightningCLI):
         """A trainer that logs, saves and exports under `output`."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         output = Path(config["output"])
-        callbacks: list[Callback] = [
-            LearningRateMonitor("step"),
-            ExportModel(output / MODEL_FOLDER),
-            ModelCheckpoint(
-                output / CHECKPOINT_FOLDER, save_last=True, save_top_k=0, every_n_train_steps=CHECKPOINT_EVERY_STEPS
-            ),
-        ]
+        average = None
         if config["average_decay"] > 0:
             average = EMAWeightAveraging(decay=config["average_decay"], update_every_n_steps=AVERAGE_EVERY_STEPS)
-            callbacks.insert(0, average)
+        callbacks: list[Callback] = [
+            *([average] if average else []),
+            LearningRateMonitor("step"),
+            ExportModel(output / MODEL_FOLDER, average),
+            # At the end of an epoch too, so that a complete run is not trained further when it is started again.
+            _last_checkpoint(output, every_n_train_steps=CHECKPOINT_EVERY_STEPS),
+            _last_checkpoint(output, every_n_epochs=1, save_on_train_epoch_end=True),
+        ]
         configured = self._get(self.config_init, "trainer.callbacks") or []
         return super().instantiate_trainer(
             default_root_dir=str(output),
@@ -72,6 +82,14 @@ class MoleCLI(LightningCLI):
             callbacks=[*callbacks, *(configured if isinstance(configured, list) else [configured])],
             **kwargs,
         )
+
+
+def _last_checkpoint(output: Path, **when: Any) -> ModelCheckpoint:
+    """Keeps one checkpoint, `last.ckpt`.
+
+    Not with `save_last`: that saves once more at the end, when the average has taken the place of the weights.
+    """
+    return ModelCheckpoint(output / CHECKPOINT_FOLDER, filename="last", enable_version_counter=False, **when)
 
 
 def fit(arguments: list[str]) -> None:
