@@ -1,6 +1,12 @@
 """The `fit` verb: Lightning's command line with this project's task and data."""
 
+import re
 import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +17,22 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from mole_asr.asr.checkpoint import save_model
 from mole_asr.asr.task import MoleTask
+from mole_asr.audio.augment import AugmentConfig
 from mole_asr.corpus.data_module import SpeechDataModule
+from mole_asr.errors import MoleError
 
 MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
 AVERAGE_EVERY_STEPS = 5
 CHECKPOINT_EVERY_STEPS = 200
+# Said by libraries at each start, about what is meant to be so.
+_EXPECTED_WARNINGS = (
+    "LightningCLI's args parameter",
+    ".*there is no last checkpoint available",
+    "Checkpoint directory .* exists and is not empty",
+    "Precision .* is not supported by the model summary",
+    ".*isinstance\\(treespec, LeafSpec\\)",
+)
 
 
 class ExportModel(Callback):
@@ -60,6 +76,17 @@ class MoleCLI(LightningCLI):
         parser.link_arguments("data.seed", "model.seed")
         parser.link_arguments("data.languages", "model.languages", apply_on="instantiate")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the command line; instead of all options, it prints the one that is wrong.
+
+        Raises:
+            MoleError: a key or a value is wrong.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise MoleError(_explain(str(error), self._parser("fit").get_defaults().keys())) from None
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs, saves and exports under `output`."""
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -84,6 +111,20 @@ class MoleCLI(LightningCLI):
         )
 
 
+def _explain(message: str, keys: Iterable[str]) -> str:
+    """One line for a complaint of jsonargparse; for an unknown key, with the valid one that is most like it."""
+    key = found[1] if (found := re.search(r'Parser key "(.+?)"', message)) else ""
+    if unknown := re.search(r"accept option '(.+)'|unrecognized arguments: (?:--)?([^ =]+)|Option '(.+)' is", message):
+        name = unknown[1] or unknown[2] or f"{key}.{unknown[3]}"
+        known = [*keys, *(f"data.augment.{field.name}" for field in fields(AugmentConfig))]
+        close = get_close_matches(name, known, n=1)
+        return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "`mole-asr fit --help` lists them")
+    expected = re.findall(r"Expected an? (?:<class '|typing\.)?(.+?)(?:'>)?(?:\. Got|\n|$)", message)
+    if expected and (value := re.search(r"(?:Given|Got) value: (.*)", message)):
+        return f"{key}: {value[1]} is not what is expected there: {' or '.join(expected)}"
+    return " ".join(message.split())
+
+
 def _last_checkpoint(output: Path, **when: Any) -> ModelCheckpoint:
     """Keeps one checkpoint, `last.ckpt`.
 
@@ -104,11 +145,15 @@ def fit(arguments: list[str]) -> None:
     Raises:
         MoleError: the data cannot be trained on, or do not fit the run to resume.
     """
-    MoleCLI(
-        MoleTask,
-        SpeechDataModule,
-        args=["fit", "--ckpt_path=last", "--weights_only=true", *arguments],
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=False,
-        auto_configure_optimizers=False,
-    )
+    with warnings.catch_warnings():
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        MoleCLI(
+            MoleTask,
+            SpeechDataModule,
+            args=["fit", "--ckpt_path=last", "--weights_only=true", *arguments],
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
+        )
