@@ -2,7 +2,7 @@
 # make test    sets everything up in .venv, then passes the tests
 # make lint    style and types
 #
-# All can be given again after an interruption; what is done stays done. Needed: make, Python 3.11-3.13, 8 GB of disk.
+# All can be given again after an interruption; what is done stays done. Needed: make, Python 3.11-3.13, 8 GB of disk (PyTorch).
 #
 # PYTHON=python3.12        which Python to take, if not the newest that fits
 # SOURCE=folder            where the packages of the prompt corpus lie, if apt cannot fetch them
@@ -58,4 +58,4 @@ lint: .venv/test.stamp
 		echo "Python lacks its venv module: apt-get install $$lacking" >&2; \
 		exit 1; \
 	fi; \
-	apt-get update -q && apt-get install -qy $$lacking && TRIED_APT=1 $(MAKE) $@
+	export DEBIAN_FRONTEND=noninteractive; apt-get update -q && apt-get install -qy $$lacking && TRIED_APT=1 $(MAKE) $@

@@ -20,6 +20,11 @@ PATH=$root/.venv/bin:$PATH # what `make` has set up, if it has
 config=$root/conf/asr/prompts5.yaml
 model=$OUT/model/model.safetensors
 
+if [ -n "${FILE:-}" ] && ! [ -e "$FILE" ]; then # better told now than after the training
+    echo "FILE=$FILE: no such file" >&2
+    exit 1
+fi
+
 say() { printf '\n== %s\n' "$*"; }
 
 # is_new OUTPUT INPUT...: is the output there, and no older than any of its inputs?
