@@ -119,7 +119,7 @@ def _call(function: Any, verb: Verb, words: list[str], program: str) -> Any:
         parser.add_argument(verb.several, nargs="+", type=str)
     skip: set[str | int] = {verb.several} if verb.several else set()
     parser.add_function_arguments(function, as_group=False, as_positional=not verb.several, skip=skip)
-    options = parser.instantiate_classes(parser.parse_args([_dashes(word) for word in words]))
+    options = parser.parse_args([_dashes(word) for word in words])
     return function(**options.as_dict())
 
 

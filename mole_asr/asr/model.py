@@ -40,9 +40,9 @@ class EncoderConfig:
         routing: "predicted", "true" or "scheduled" (from the true to the predicted language over the training).
     """
 
-    d_model: int = 144
-    d_ff: int = 288
-    num_blocks: int = 6
+    d_model: int = 192
+    d_ff: int = 384
+    num_blocks: int = 4
     num_mole_blocks: int = 2
     language_tokenizer_block: int = 2
     num_heads: int = 4
@@ -50,7 +50,7 @@ class EncoderConfig:
     dropout: float = 0.1
     num_mels: int = 80
     sampling_rate_hz: int = 16000
-    intermediate_ctc_blocks: tuple[int, ...] = (3,)
+    intermediate_ctc_blocks: tuple[int, ...] = (2,)
     routing_unit: str = "utterance"
     reliability: Reliability = "max_posterior"
     temperature: float = 1.0

@@ -50,7 +50,7 @@ class OptimizerConfig:
     """
 
     lr: float = 0.02
-    adamw_lr: float = 3e-3
+    adamw_lr: float = 1e-3
     weight_decay: float = 0.01
     warmup_share: float = 0.03
 
