@@ -14,7 +14,7 @@ import torch
 from mole_asr import cli
 from mole_asr.asr.checkpoint import save_model
 from mole_asr.asr.model import EncoderConfig, MoleModel
-from mole_asr.corpus.manifest import Utterance, write_manifest
+from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer, train_tokenizer
 
 HEAVY = {"torch", "lightning", "numpy", "jsonargparse", "matplotlib", "sentencepiece", "jiwer", "lhotse", "av"}
@@ -282,3 +282,31 @@ def test_interrupted_gives_130(capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setattr("mole_asr.score.score.read_sentences", interrupt)
     status, _, err = run(capsys, "score", "cuts.jsonl", "cuts.jsonl")
     assert status == 130 and err == "mole-asr score: interrupted\n"
+
+
+# --- verbs that are tested at length elsewhere, from the outside
+
+
+def test_prepare_folder_with_a_broken_recording(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b", "broken"):
+        (tmp_path / "in" / f"{name}.wav").write_bytes((folder / f"{name}.wav").read_bytes())
+        (tmp_path / "in" / f"{name}.txt").write_text("Abba Cab!")
+    words = ["prepare", "folder", str(tmp_path / "in"), str(tmp_path / "out"), "--language", "en"]
+    status, out, err = run(capsys, *words)
+    assert status == 1 and "broken.wav" in out + err and "Traceback" not in err
+    manifests = [Manifest(tmp_path / "out" / f"cuts_{split}.jsonl") for split in ("train", "dev", "test")]
+    texts = [manifest[row].text for manifest in manifests for row in range(len(manifest))]
+    assert texts == ["abba cab", "abba cab"]
+
+
+def test_fit_without_data_ends_with_one_line(tmp_path: Path) -> None:
+    data = ["--data.train_manifest=cuts.jsonl", "--data.valid_manifest=cuts.jsonl", "--data.tokenizer=tokenizer"]
+    words = [*data, f"--output={tmp_path}", "--trainer.accelerator=cpu", "--data.max_seconds=0.5"]
+    command = [sys.executable, "-m", "mole_asr.cli", "fit", *words, "--trainer.max_epochs=1"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 1
+    assert shown.stderr.splitlines()[-1].startswith("mole-asr fit: cuts.jsonl: nothing to train on: 0 utterances used")
+    assert "Traceback" not in shown.stderr and "Warning" not in shown.stderr
