@@ -4,8 +4,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from mole_asr.data_prep import debian
 
+from mole_asr.data_prep import debian
 from mole_asr.errors import MoleError
 
 OTHER_SUM = "0" * 64

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from mole_asr.data_prep.folder import prepare
-from mole_asr.data_prep.output import SPLITS, manifest_path
 
 from mole_asr.corpus.manifest import Manifest, Utterance
+from mole_asr.data_prep.folder import prepare
+from mole_asr.data_prep.output import SPLITS, manifest_path
 from mole_asr.errors import MoleError
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from mole_asr.data_prep import debian, prompts
-from mole_asr.data_prep.output import SPLITS, manifest_path
 
 from mole_asr.corpus.manifest import Manifest, Utterance
+from mole_asr.data_prep import debian, prompts
+from mole_asr.data_prep.output import SPLITS, manifest_path
 from mole_asr.errors import MoleError
 
 EXPECTED = {

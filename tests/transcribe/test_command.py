@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from mole_asr.corpus.manifest import Utterance, write_manifest
 
+from mole_asr.corpus.manifest import Utterance, write_manifest
 from mole_asr.errors import MoleError
 from mole_asr.transcribe.command import transcribe
 from mole_asr.transcribe.transcriber import Transcriber
