@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,34 +34,6 @@ class Routing:
     frame_shift_s: float
     evidence_TN: np.ndarray
     reliability: float | None = None
-
-
-def read_routing(path: str | Path) -> Routing:
-    """Reads a JSON object with `id`, `text`, `languages` [N], `frame_shift_s`, `evidence` [T][N], `reliability`.
-
-    Raises:
-        MoleError: the file is missing or malformed.
-    """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        evidence_TN = np.array(value["evidence"], dtype=np.float64)
-        routing = Routing(
-            id=str(value["id"]),
-            text=str(value["text"]),
-            languages=[str(name) for name in value["languages"]],
-            frame_shift_s=float(value["frame_shift_s"]),
-            evidence_TN=evidence_TN,
-            reliability=value.get("reliability"),
-        )
-    except OSError as error:
-        raise MoleError(f"cannot read {path}: {error.strerror}") from None
-    except KeyError as error:
-        raise MoleError(f"{path} lacks the key {error}: it must hold the routing of one utterance") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise MoleError(f"{path} is not the routing of one utterance: {error}") from None
-    if evidence_TN.ndim != 2 or not len(evidence_TN) or evidence_TN.shape[1] != len(routing.languages):
-        raise MoleError(f"{path}: evidence must be frames x {len(routing.languages)} languages")
-    return routing
 
 
 def read_curves(logs: str | Path) -> Curves:

@@ -83,5 +83,4 @@ def _routing(model: str | Path, reference: str | Path) -> Routing:
         raise MoleError(f"{reference}: no utterance to draw; leave out --model")
     fitting = np.where(manifest.durations_s <= LONGEST_PICTURE_S, manifest.durations_s, -manifest.durations_s)
     picture = routing_picture(model, manifest[int(fitting.argmax())])
-    return Routing(**{key: value for key, value in picture.items() if key != "evidence"},
-                   evidence_TN=np.array(picture["evidence"]))  # fmt: skip
+    return Routing(evidence_TN=np.array(picture.pop("evidence")), **picture)
