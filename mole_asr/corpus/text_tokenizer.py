@@ -150,13 +150,12 @@ def extend_tokenizer(
         tokenizer: the tokenizer to extend: file or folder.
         manifest: cut set of the new language (or languages).
         output: folder to write; the old tokenizer is not changed.
-        extra_pieces: how many pieces to append.
+        extra_pieces: how many pieces to append at most; fewer, or none, where the texts give no more.
         balance: as in `train_tokenizer`, among the languages of `manifest`.
         seed: as in `train_tokenizer`.
 
     Raises:
-        MoleError: no texts; fewer new pieces to be had; or `extra_pieces` is too small for the new characters of a
-            tokenizer without byte fallback.
+        MoleError: no texts, or `extra_pieces` is too small for the new characters of a tokenizer without byte fallback.
     """
     protobuf: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # its classes are made at run time
     old = TextTokenizer(tokenizer)
@@ -174,8 +173,6 @@ def extend_tokenizer(
     missing = sum(len(piece.piece) == 1 for piece in new)
     if missing > extra_pieces and not model.trainer_spec.byte_fallback:
         raise MoleError(f"extra_pieces={extra_pieces} is too small: {manifest} has {missing} new characters")
-    if len(new) < extra_pieces:
-        raise MoleError(f"extra_pieces={extra_pieces} is too large for {manifest}; give at most {len(new)}")
     lowest = min(piece.score for piece in model.pieces)
     for i, piece in enumerate(new[:extra_pieces]):
         # In a BPE model a score is a rank: new merges come after all old ones. In the others it is a log probability.
