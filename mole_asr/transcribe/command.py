@@ -76,7 +76,8 @@ def transcribe(
         Counts and failures.
 
     Raises:
-        MoleError: nothing to transcribe, an unknown format or language, a model that does not load.
+        MoleError: nothing to transcribe, an unknown format or language, a model that does not load, or a text that
+            would overwrite the `.txt` beside a recording.
     """
     from mole_asr.transcribe.transcriber import load
 
@@ -84,6 +85,8 @@ def transcribe(
     recordings, manifests, failures = _find_inputs(files)
     folder = None if output is None and formats == ["txt"] else Path(output or ".")
     names = _output_names(recordings)
+    if folder is not None and "txt" in formats:
+        _check_references(recordings, [folder / f"{name}.txt" for name in names.values()])
     manifest_jobs = _manifest_jobs(manifests, folder or Path())
     transcriber = load(model)
     total = TranscribeResult(failures=failures)
@@ -95,6 +98,14 @@ def transcribe(
         total.add(_transcribe_manifest(transcriber, manifest, path, language, batch_seconds))
     _print_summary(total)
     return total
+
+
+def _check_references(recordings: Iterable[Path], results: Iterable[Path]) -> None:
+    """A `.txt` beside a recording may be what somebody wrote down by ear: it is never overwritten."""
+    references = {path.with_suffix(".txt").resolve() for path in recordings}
+    for result in results:
+        if result.resolve() in references and result.resolve().exists():
+            raise MoleError(f"{result}: stands beside its recording and would be overwritten; give another --output")
 
 
 def _manifest_jobs(manifests: list[Path], folder: Path) -> "list[tuple[Manifest, Path]]":
@@ -166,6 +177,7 @@ def _find_inputs(files: list[str]) -> tuple[dict[Path, Path], list[Path], list[t
     for path in map(Path, files):
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())
+            found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
             if not found:
                 failures.append((str(path), f"{path}: no audio file in this folder"))
         else:

@@ -30,6 +30,8 @@ Input: TypeAlias = Union[str, Path, np.ndarray, "Utterance"]
 SAMPLING_RATE_HZ = 16000
 # Sorting needs a choice of segments; more of them would only delay the first text and take more memory.
 _WINDOW_BATCHES = 4
+# The first window is this part of a full one, so that the first text comes soon; each next one is twice as long.
+_FIRST_WINDOW = 1 / 16
 # What is shorter is padded to this: a few frames are the least that the subsampling and the CTC can take.
 _MIN_SAMPLES = SAMPLING_RATE_HZ // 10
 
@@ -134,7 +136,7 @@ class Transcriber:
 
     def _windows(self, inputs: Iterable[Input], window_s: float) -> Iterator[list[_Recording]]:
         window: list[_Recording] = []
-        seconds = 0.0
+        seconds, wanted_s = 0.0, _FIRST_WINDOW * window_s
         for index, item in enumerate(inputs):
             try:
                 name, audio_S = _read(item, index)
@@ -143,9 +145,9 @@ class Transcriber:
                 continue
             window.append(_cut(name, audio_S, self.max_seconds))
             seconds += window[-1].duration_s
-            if seconds >= window_s:
+            if seconds >= wanted_s:
                 yield window
-                window, seconds = [], 0.0
+                window, seconds, wanted_s = [], 0.0, min(2 * wanted_s, window_s)
         yield window
 
     @torch.inference_mode()

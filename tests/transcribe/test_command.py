@@ -64,6 +64,25 @@ def test_folders_keep_their_shape_and_equal_names_get_numbers(tmp_path: Path) ->
     assert (source / "x.txt").read_text() == "a reference"
 
 
+def test_a_text_beside_a_recording_is_never_overwritten(tmp_path: Path) -> None:
+    path = write_sound(tmp_path / "in" / "x.wav", AB)
+    (tmp_path / "in" / "x.txt").write_text("a reference")
+    for files, output in (([path.parent], path.parent), ([path], tmp_path / "out" / ".." / "in")):
+        with pytest.raises(MoleError, match=r"x\.txt.*another --output"):
+            transcribe([str(file) for file in files], model="m", output=str(output))
+    transcribe([str(path)], model="m", format="json", output=str(path.parent))
+    assert (tmp_path / "in" / "x.txt").read_text() == "a reference"
+    (tmp_path / "in" / "x.txt").unlink()
+    transcribe([str(path)], model="m", output=str(path.parent))
+    assert (tmp_path / "in" / "x.txt").read_text() == "ab\n"
+
+
+def test_hidden_files_of_a_folder_are_left_alone(tmp_path: Path) -> None:
+    for name in ("a.wav", "._a.wav", ".trash/b.wav"):
+        write_sound(tmp_path / ".in" / name, AB)
+    assert transcribe([str(tmp_path / ".in")], model="m").files == 1
+
+
 def test_a_manifest_gives_one_file_and_its_speed(tmp_path: Path) -> None:
     path = write_sound(tmp_path / "a.wav", AB + CD)
     broken = tmp_path / "gone.wav"

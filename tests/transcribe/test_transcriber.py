@@ -1,6 +1,7 @@
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,22 @@ def test_output_comes_before_the_input_ends(transcriber: Transcriber) -> None:
     endless = (sound(AB) for _ in itertools.count())
     first = list(itertools.islice(transcriber.transcribe(endless, batch_seconds=5.0), 300))
     assert {transcript.text for transcript in first} == {"ab"}
+
+
+def test_the_first_text_comes_early(transcriber: Transcriber) -> None:
+    read = 0
+
+    def inputs() -> Iterator[np.ndarray]:
+        nonlocal read
+        for _ in range(1000):  # each 0.16 s
+            read += 1
+            yield sound(AB)
+
+    texts = transcriber.transcribe(inputs(), batch_seconds=10.0)
+    next(texts)
+    assert read == 16  # 2.5 s, a sixteenth of a window
+    assert sum(1 for _ in texts) == 999
+    assert max(rows for rows, _ in transcriber.model.batches) == 62
 
 
 def test_word_times_and_confidence(transcriber: Transcriber) -> None:
