@@ -32,6 +32,7 @@ def fetch(packages: Mapping[str, str], folder: Path) -> None:
     Raises:
         MoleError: apt is missing or fails, or a file already there has a wrong sum.
     """
+    folder = folder.absolute()  # apt takes relative folders to be below its own
     folder.mkdir(parents=True, exist_ok=True)
     for package in packages:
         if path := package_file(package, folder):
@@ -146,4 +147,7 @@ def _apt(arguments: list[str], folder: Path) -> str:
 
 def _by_hand(packages: list[str]) -> str:
     names = ", ".join(packages)
-    return f"download {names} from https://packages.debian.org/{packages[0]} and so on, and give the folder as --source"
+    return (
+        f"download {names} from https://packages.debian.org/{packages[0]} and so on, and give the folder as --source "
+        "(`make demo SOURCE=folder`)"
+    )

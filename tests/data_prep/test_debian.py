@@ -80,6 +80,17 @@ def test_fetch_updates_private_lists_and_keeps_what_is_there(tmp_path: Path, fak
         debian.fetch(packages, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:apt offers")
+def test_apt_gets_no_relative_folder(
+    tmp_path: Path, fake_apt: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    debian.fetch({"a": OTHER_SUM}, Path("data/packages"))
+    options = [word.partition("=") for call in fake_apt for word in call if word.startswith("-oDir")]
+    assert options and all(Path(folder).is_absolute() for _, _, folder in options)
+    assert (tmp_path / "data" / "packages" / "a_1_all.deb").exists()
+
+
 def test_without_apt_the_error_says_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debian.shutil, "which", lambda _: None)
     with pytest.raises(MoleError, match=r"download a, b from https://packages.debian.org/a .* --source"):
