@@ -1,8 +1,9 @@
 """Your own recordings: audio files with a `.txt` beside each, or a table that names them.
 
-A folder: `hello.wav` with `hello.txt` beside it, in UTF-8. The language is given, or it is the name of a parent folder
-(`recordings/en/hello.wav`). A table (`.tsv`, `.csv` with a header line, or `.jsonl`): columns path, text, and where
-wanted language, speaker, split (train, dev, test); paths are relative to the table.
+A folder: `hello.wav` with `hello.txt` beside it, in UTF-8. The language is the name of the innermost folder that is a
+language code (`recordings/en/hello.wav`), up to the given folder, or else it is given. A table (`.tsv`, `.csv` with a
+header line, or `.jsonl`): columns path, text, and where wanted language, speaker, split (train, dev, test); paths are
+relative to the table.
 """
 
 import csv
@@ -118,8 +119,9 @@ def _folder_items(folder: Path, language: str | None) -> Iterator[_Item]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in AUDIO_SUFFIXES or path.name.startswith("."):
             continue
-        parents = [parent.name for parent in path.absolute().parents]
-        found = language or next((name for name in parents if is_known_language(name)), None)
+        # Innermost first, up to the given folder; what stands above it says nothing of the recordings.
+        parents = [*reversed(path.relative_to(folder).parent.parts), folder.absolute().name]
+        found = next((name for name in parents if is_known_language(name)), language)
         if found is None:
             raise MoleError(f"{path}: of which language? Give --language, or name a parent folder by its code")
         yield _Item(path, path.relative_to(folder).with_suffix("").as_posix(), path.with_suffix(".txt"), found)

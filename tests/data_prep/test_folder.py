@@ -45,6 +45,20 @@ def test_language_given(tmp_path: Path) -> None:
     assert rows(tmp_path / "out")["wav_a"][1].language == "it"
 
 
+def test_the_innermost_language_folder_wins(tmp_path: Path) -> None:
+    source = tmp_path / "it" / "source"
+    for name in ("a.wav", "fr/en/b.wav", "fr/x/c.wav"):
+        record(source / name, name)
+    prepare(source, tmp_path / "out", language="es")
+    found = {id: row.language for id, (_, row) in rows(tmp_path / "out").items()}
+    assert found == {"a": "es", "fr_en_b": "en", "fr_x_c": "fr"}
+    with pytest.raises(MoleError, match=r"a\.wav: of which language"):  # what is above the folder does not count
+        prepare(source, tmp_path / "out")
+    (source / "a.wav").unlink()
+    prepare(source / "fr", tmp_path / "out")
+    assert rows(tmp_path / "out")["x_c"][1].language == "fr"
+
+
 def test_unusable_recordings_are_named_and_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "en"
     record(source / "good.wav", "good")
