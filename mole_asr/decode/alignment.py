@@ -43,15 +43,19 @@ def align_words(
         frame_shift_s: seconds a frame.
 
     Returns:
-        The words; times count from the first frame; the confidence is the mean posterior of the word's tokens. Tokens
-        that cannot be aligned (more of them than frames) are spread evenly over the time, with confidence 0.
+        The words; times count from the first frame; the confidence is the mean posterior of the word's tokens (a token
+        that is nothing but a space counts for neither). Tokens that cannot be aligned (more of them than frames) are
+        spread evenly over the time, with confidence 0.
     """
     words = []
     spans = _token_spans(log_probs_TV, token_ids)
-    for first, after in _word_ranges([tokenizer.piece(token_id) for token_id in token_ids]):
+    pieces = [tokenizer.piece(token_id) for token_id in token_ids]
+    for first, after in _word_ranges(pieces):
         text = tokenizer.decode(token_ids[first:after]).strip()
         if text:
-            starts, ends, posteriors = zip(*spans[first:after], strict=True)
+            # A space by itself fires anywhere in the pause before the word.
+            heard = [i for i in range(first, after) if pieces[i] != WORD_MARK] or range(first, after)
+            starts, ends, posteriors = zip(*(spans[i] for i in heard), strict=True)
             confidence = min(1.0, max(0.0, sum(posteriors) / len(posteriors)))
             words.append(Word(text, starts[0] * frame_shift_s, ends[-1] * frame_shift_s, confidence))
     return words

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mole_asr.decode.alignment import align_words
+from mole_asr.decode.alignment import WORD_MARK, align_words
 from mole_asr.decode.greedy import greedy_ctc
 
 
@@ -46,11 +46,34 @@ def test_times_and_confidence_of_a_known_path(tokenizer: PieceTokenizer) -> None
     log_probs_TV = posteriors(path, tokenizer.sp.vocab_size())
     one, two = align_words(log_probs_TV, first + second, tokenizer, 0.04)
     assert (one.text, two.text) == ("king", "birds")
-    assert one.start_s == pytest.approx(0.08)
+    spaces = [tokenizer.piece(token_ids[0]) == WORD_MARK for token_ids in (first, second)]
+    assert one.start_s == pytest.approx(0.08 + 0.08 * spaces[0])
     assert one.end_s == pytest.approx(0.08 + 0.04 * 2 * len(first))
-    assert two.start_s == pytest.approx(one.end_s + 0.12)
+    assert two.start_s == pytest.approx(one.end_s + 0.12 + 0.04 * spaces[1])
     assert two.end_s == pytest.approx(0.04 * (len(path) - 1))
     assert one.confidence == pytest.approx(0.9, abs=1e-4)
+
+
+class CharacterTokenizer:
+    PIECES = ("<blank>", "<unk>", "▁", "a", "b")
+
+    def piece(self, token_id: int) -> str:
+        return self.PIECES[token_id]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(map(self.piece, token_ids)).replace("▁", " ").strip()
+
+
+def test_a_space_by_itself_is_no_part_of_a_word() -> None:
+    space, a, b = 2, 3, 4
+    path = [space, 0, a, b, 0, space, 0, 0, 0, 0, b, b, a, 0]
+    log_probs_TV = posteriors(path, 5)
+    log_probs_TV[5] = posteriors([space], 5, sure=0.4)[0]
+    one, two = align_words(log_probs_TV, [space, a, b, space, b, a], CharacterTokenizer(), 0.04)
+    assert (one.text, two.text) == ("ab", "ba")
+    assert (one.start_s, one.end_s) == (pytest.approx(0.08), pytest.approx(0.16))
+    assert (two.start_s, two.end_s) == (pytest.approx(0.4), pytest.approx(0.52))
+    assert two.confidence == pytest.approx(0.9, abs=1e-4)
 
 
 @settings(max_examples=60, deadline=None)
