@@ -1,7 +1,9 @@
 """The command line: a table from verb to function. Nothing is imported before its verb is called."""
 
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -26,7 +28,7 @@ class Verb:
 
 VERBS = {
     "prepare prompts": Verb("mole_asr.data_prep.prompts:prepare", "fetch and prepare the five-language prompt corpus"),
-    "prepare folder": Verb("mole_asr.data_prep.folder:prepare", "prepare your own recordings"),
+    "prepare folder": Verb("mole_asr.data_prep.folder:prepare", "prepare your own recordings", prints=False),
     "tokenizer train": Verb("mole_asr.corpus.text_tokenizer:train_tokenizer", "train a text tokenizer on a manifest"),
     "tokenizer extend": Verb("mole_asr.corpus.text_tokenizer:extend_tokenizer", "add the pieces of a new language"),
     "fit": Verb("mole_asr.asr.fit:fit", "train a model, or go on with an interrupted training"),
@@ -39,10 +41,15 @@ VERBS = {
 }
 
 
-def usage() -> str:
-    """The text of `mole-asr --help`."""
+# What `fit` itself cannot spell; its other options are Lightning's.
+_FIT = {"--data.languages": Sequence[str]}
+_TRUTH_VALUES = ("true", "false", "yes", "no")
+
+
+def usage(group: str = "") -> str:
+    """The text of `mole-asr --help`, or of `mole-asr prepare --help` and the like."""
     width = max(map(len, VERBS))
-    lines = [f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()]
+    lines = [f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items() if name.startswith(group)]
     return "\n".join(
         [
             "usage: mole-asr VERB [options]",
@@ -60,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0, or 1 where something failed, or 2 where the command line is wrong.
+        0; 1 where something failed; 2 where the command line is wrong; 130 after Ctrl-C; 141 where nobody reads on.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
@@ -70,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mole_asr import __version__
 
         print(__version__)
+        return 0
+    if words[0] in {name.split()[0] for name in VERBS if " " in name} and words[1:2] in (["-h"], ["--help"]):
+        print(usage(f"{words[0]} "))
         return 0
     name = words[0] if words[0] in VERBS else " ".join(words[:2])
     if name not in VERBS:
@@ -98,20 +108,29 @@ def _run(verb: Verb, words: list[str], program: str) -> int:
     try:
         function = getattr(import_module(module), function_name)
         # `fit` parses its own words: Lightning's command line does.
-        result = function(words) if function_name == "fit" else _call(function, verb, words, program)
+        result = function(_spell(words, _FIT)) if function_name == "fit" else _call(function, verb, words, program)
+        if result is not None and verb.prints:
+            print(result)
+        sys.stdout.flush()
     except MoleError as error:
         print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `mole-asr ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        return 141
+    except OSError as error:
+        print(f"{program}: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    if result is not None and verb.prints:
-        print(result)
     return 1 if getattr(result, "failures", None) else 0
 
 
 def _call(function: Any, verb: Verb, words: list[str], program: str) -> Any:
     """Parses words by the function's signature and calls it."""
+    from inspect import signature
+
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=program, description=verb.help)
@@ -119,8 +138,37 @@ def _call(function: Any, verb: Verb, words: list[str], program: str) -> Any:
         parser.add_argument(verb.several, nargs="+", type=str)
     skip: set[str | int] = {verb.several} if verb.several else set()
     parser.add_function_arguments(function, as_group=False, as_positional=not verb.several, skip=skip)
-    options = parser.parse_args([_dashes(word) for word in words])
+    kinds = {f"--{name}": parameter.annotation for name, parameter in signature(function).parameters.items()}
+    options = parser.parse_args(_spell([_dashes(word) for word in words], kinds))
     return function(**options.as_dict())
+
+
+def _spell(words: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
+    """Spells flags and lists as the parser takes them, so that one can write them as one writes them elsewhere.
+
+    `--flag` alone means true. `--names a b`, `--names a,b` and `--names '[a, b]'` mean `--names=["a", "b"]`, in which
+    the language `no` is no truth value.
+
+    Args:
+        words: of the command line.
+        kinds: option with its dashes -> bool, Sequence[str], or what else it may be.
+    """
+    spelled: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        kind = kinds.get(name)
+        if kind is bool and not equals and (not rest or rest[0].lower() not in _TRUTH_VALUES):
+            word = f"{name}=true"
+        elif kind == Sequence[str]:
+            values = [value] if equals else []
+            while not equals and rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            items = [item.strip(" []'\"") for item in ",".join(values).split(",")]
+            word = f"{name}={json.dumps([item for item in items if item])}"
+        spelled.append(word)
+    return spelled
 
 
 def _dashes(word: str) -> str:

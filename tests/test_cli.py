@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,13 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
         status = int(exit.code or 0)
     shown = capsys.readouterr()
     return status, shown.out, shown.err
+
+
+@pytest.mark.parametrize("group", ["prepare", "tokenizer"])
+def test_a_group_of_verbs_has_help(capsys: pytest.CaptureFixture[str], group: str) -> None:
+    status, out, _ = run(capsys, group, "--help")
+    assert status == 0 and out.startswith("usage:")
+    assert [name for name in cli.VERBS if f"  {name} " in out] == [n for n in cli.VERBS if n.startswith(group)]
 
 
 @pytest.mark.parametrize("verb", list(cli.VERBS))
@@ -235,6 +243,28 @@ def test_dashes_or_underscores(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert results[0] == results[1] == Path("tokenizer/tokenizer.model").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("out --names en es", {"names": ["en", "es"]}),
+        ("out --names en,es --flag", {"names": ["en", "es"], "flag": True}),
+        ("out --names en --flag false", {"names": ["en"], "flag": False}),
+        ("--flag out --names=no", {"names": ["no"], "flag": True}),
+        ("""out --names ["no","es"] --flag=true""", {"names": ["no", "es"], "flag": True}),
+        ("out --names [en, no]", {"names": ["en", "no"]}),
+        ("out --one no", {"one": "no"}),
+    ],
+)
+def test_lists_and_flags_as_one_types_them(words: str, values: dict[str, object]) -> None:
+    def function(
+        output: str, names: Sequence[str] = (), flag: bool = False, one: str | None = None
+    ) -> dict[str, object]:
+        return {"output": output, "names": names, "flag": flag, "one": one}
+
+    found = cli._call(function, cli.Verb("", ""), words.split(), "mole-asr")
+    assert found == {"output": "out", "names": (), "flag": False, "one": None, **values}
+
+
 def test_values_with_dashes_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, err = run(capsys, "score", "no-such-file", "cuts.jsonl", "--output", "a-b.json")
     assert "no-such-file" in err
@@ -282,6 +312,20 @@ def test_interrupted_gives_130(capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setattr("mole_asr.score.score.read_sentences", interrupt)
     status, _, err = run(capsys, "score", "cuts.jsonl", "cuts.jsonl")
     assert status == 130 and err == "mole-asr score: interrupted\n"
+
+
+def test_a_file_that_cannot_be_written_gives_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["score", "cuts.jsonl", "cuts.jsonl", "--output", str(tmp_path / "file" / "score.json")]
+    status, out, err = run(capsys, *words)
+    assert (status, out) == (1, "")
+    assert err == f"mole-asr score: {tmp_path / 'file'}: File exists\n"
+
+
+def test_a_reader_that_goes_away_ends_the_command_in_silence(folder: Path) -> None:
+    command = f"{sys.executable} -m mole_asr.cli score cuts.jsonl cuts.jsonl | true; echo ${{PIPESTATUS[0]}}"
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=folder)
+    assert (shown.stdout, shown.stderr) == ("141\n", "")
 
 
 # --- verbs that are tested at length elsewhere, from the outside
