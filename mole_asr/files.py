@@ -1,4 +1,4 @@
-"""Write files so that nothing half-written is ever left behind."""
+"""Write files so that nothing half-written ever stands under its final name."""
 
 import os
 from collections.abc import Iterator
