@@ -1,5 +1,6 @@
 """The `fit` verb: Lightning's command line with this project's task and data."""
 
+import logging
 import re
 import sys
 import warnings
@@ -7,6 +8,7 @@ from argparse import ArgumentError
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mole_asr.asr.checkpoint import save_model
 from mole_asr.asr.task import MoleTask
@@ -125,6 +128,31 @@ def _explain(message: str, keys: Iterable[str]) -> str:
     return " ".join(message.split())
 
 
+def _explain_trainer(message: str) -> str:
+    """One line for a complaint of Lightning's trainer."""
+    if found := re.search(r"current_epoch=\d+.*max_epochs=(\d+)", message):
+        return f"trainer.max_epochs: the run to resume has more epochs than {found[1]}: give more, or another --output"
+    return " ".join(message.split())
+
+
+def _find_config(word: str) -> str:
+    """A config that is not here is taken from the installed package: `conf/asr/prompts5.yaml` works in any folder."""
+    name = word.removeprefix("--config=")
+    packaged = files("mole_asr.conf").joinpath(name.removeprefix("conf/"))
+    if name.startswith("conf/") and not Path(name).exists() and packaged.is_file():
+        return word.removesuffix(name) + str(packaged)
+    return word
+
+
+def _set_up_logging() -> None:
+    """Shows what we have to tell, such as which utterances are left out, and of Lightning's messages the warnings."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    ours = logging.getLogger("mole_asr")
+    ours.setLevel(logging.INFO)
+    if not ours.hasHandlers():
+        ours.addHandler(logging.StreamHandler())
+
+
 def _last_checkpoint(output: Path, **when: Any) -> ModelCheckpoint:
     """Keeps one checkpoint, `last.ckpt`.
 
@@ -143,17 +171,26 @@ def fit(arguments: list[str]) -> None:
         arguments: of the command line, behind `fit`.
 
     Raises:
-        MoleError: the data cannot be trained on, or do not fit the run to resume.
+        MoleError: the data cannot be trained on, or they or the sizes of the model do not fit the run to resume.
+        KeyboardInterrupt: after Ctrl-C; the same command goes on from the last checkpoint.
     """
+    _set_up_logging()
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message)
-        MoleCLI(
-            MoleTask,
-            SpeechDataModule,
-            args=["fit", "--ckpt_path=last", "--weights_only=true", *arguments],
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=False,
-            auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
-        )
+        try:
+            MoleCLI(
+                MoleTask,
+                SpeechDataModule,
+                args=["fit", "--ckpt_path=last", "--weights_only=true", *map(_find_config, arguments)],
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=False,
+                auto_configure_optimizers=False,
+                parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
+            )
+        except MisconfigurationException as error:
+            raise MoleError(_explain_trainer(str(error))) from None
+        except SystemExit as end:  # Lightning makes this of a KeyboardInterrupt
+            if isinstance(end.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise

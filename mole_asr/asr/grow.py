@@ -8,8 +8,10 @@ from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
 
 # Where, in which dimension, and with which value the new rows of a parameter start. A new language's expert starts
-# as a copy of the agnostic expert, which heard all languages; a new piece starts at 0, as likely as the average one.
+# as a copy of the agnostic expert, which heard all languages; a new piece starts so unlikely that the old ones keep
+# their probabilities until it is trained.
 _VOCABULARY = {"ctc.weight": 0, "ctc.bias": 0, "condition.weight": 1}
+_NEW_PIECE_BIAS = -10.0
 _LANGUAGES = ("language_tokenizer.languages.weight", "language_tokenizer.languages.bias")
 _EXPERTS = {"w1_EFD": "shared_w1_FD", "b1_EF": "shared_b1_F", "w2_EDF": "shared_w2_DF", "b2_ED": "shared_b2_D"}
 
@@ -45,7 +47,7 @@ def grow_model(
         if old.shape == new.shape:
             new.copy_(old)
         elif name in _VOCABULARY:
-            _copy_into(new.zero_(), old, _VOCABULARY[name])
+            _copy_into(new.fill_(_NEW_PIECE_BIAS if name == "ctc.bias" else 0.0), old, _VOCABULARY[name])
         elif name in _LANGUAGES:
             _copy_into(new, old, 0)
         else:

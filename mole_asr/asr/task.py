@@ -125,8 +125,6 @@ class MoleTask(LightningModule):
         self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=len(batch))
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
         self.log("train/reliability", output.reliability_B.detach().mean(), batch_size=len(batch))
-        for skipped in batch.skipped:
-            self.print(f"skipped {skipped}")
         return total
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -171,7 +169,7 @@ class MoleTask(LightningModule):
         checkpoint["tokenizer_crc"] = zlib.crc32(self.text_tokenizer.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the run to resume has the same languages and the same text tokenizer.
+        """Checks that the run to resume has the same languages, text tokenizer and sizes.
 
         Raises:
             MoleError: it has not.
@@ -181,6 +179,11 @@ class MoleTask(LightningModule):
             raise MoleError(
                 "the run to resume has another text tokenizer or other languages than the data now: "
                 "give another --output, or remove its checkpoints folder to train anew"
+            )
+        old, new = ({k: v.shape for k, v in s.items()} for s in (checkpoint["state_dict"], self.state_dict()))
+        if old != new:
+            raise MoleError(
+                "the run to resume has other model sizes: give another --output, or remove its checkpoints folder"
             )
 
 

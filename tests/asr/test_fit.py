@@ -1,5 +1,8 @@
 """The `fit` verb on synthetic tones: a resumed run ends as an uninterrupted one; bad data are refused in one line."""
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -208,6 +211,15 @@ def test_a_resumed_run_must_have_the_same_pieces_and_languages(
     assert "other languages" in refused(command(data__languages="[de, en, fr]"))
 
 
+def test_a_resumed_run_must_have_the_same_sizes_and_no_fewer_epochs(command: Callable[..., list[str]]) -> None:
+    fit(command(trainer__max_epochs=3))
+    assert "trainer.max_epochs: the run to resume has more epochs than 1: give" in refused(
+        command(trainer__max_epochs=1)
+    )
+    for changes in ({"model__encoder__d_ff": 32}, {"model__encoder__num_mole_blocks": 0}):
+        assert "other model sizes: give another --output" in refused(command(**changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -296,6 +308,46 @@ def test_a_trained_model_grows_to_a_new_language(
     assert tokenizer.vocab_size == model.vocab_size == len(old["ctc.bias"]) + 2
     # Nothing was learnt (rates of zero): the old rows must be those of the old model.
     assert torch.equal(model.state_dict()["ctc.weight"][:-2], old["ctc.weight"])
+
+
+def test_ctrl_c_leaves_as_such(
+    command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(task: MoleTask, batch: Any, batch_index: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MoleTask, "training_step", interrupt)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning makes the process deaf to the next one
+    with pytest.raises(KeyboardInterrupt):
+        fit(command())
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_packaged_config_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def output_of(*words: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            fit([*words, "--print_config"])
+        assert not end.value.code
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("output: "))
+
+    assert output_of("--config=conf/asr/prompts5.yaml") == "output: runs/prompts5"
+    assert output_of("--config", "conf/asr/prompts5.yaml") == "output: runs/prompts5"
+    (tmp_path / "conf" / "asr").mkdir(parents=True)
+    (tmp_path / "conf" / "asr" / "prompts5.yaml").write_text("output: mine\n")
+    assert output_of("--config=conf/asr/prompts5.yaml") == "output: mine"
+
+
+def test_it_says_what_it_trains_on_and_lightning_is_silent(command: Callable[..., list[str]]) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "mole_asr.cli", "fit", *command(trainer__max_epochs=1)], capture_output=True, text=True
+    )
+    assert shown.returncode == 0
+    assert "train.jsonl: 20 utterances used" in shown.stderr
+    assert not re.search("litlogger|TPU|GPU available|Warning", shown.stderr), shown.stderr
 
 
 def test_logs_and_configuration_are_kept(command: Callable[..., list[str]], tmp_path: Path) -> None:
