@@ -198,7 +198,6 @@ def test_a_wrong_command_line_gives_status_2(
         ("score cuts.jsonl cuts.jsonl --against nowhere.jsonl", ["nowhere.jsonl"]),
         ("report cuts.jsonl nowhere.jsonl out", ["nowhere.jsonl"]),
         ("report cuts.jsonl cuts.jsonl out --logs nowhere", ["nowhere"]),
-        ("report cuts.jsonl cuts.jsonl out --model nowhere", ["nowhere"]),
     ],
 )
 def test_bad_input_gives_one_line_and_status_1(

@@ -5,7 +5,6 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from mole_asr.asr.routing import Routing
 from mole_asr.errors import MoleError
 
 _INK = "#012345"  # stands for the page's text colour, so that the pictures follow a dark page
@@ -22,18 +22,6 @@ _FIRST_CURVES = ("loss", "cer", "wer")
 _BINS = 20
 
 Curves = dict[str, list[tuple[int, float]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """Language posteriors of every frame of one utterance: evidence_TN, each frame summing to about 1."""
-
-    id: str
-    text: str
-    languages: list[str]
-    frame_shift_s: float
-    evidence_TN: np.ndarray
-    reliability: float | None = None
 
 
 def read_curves(logs: str | Path) -> Curves:

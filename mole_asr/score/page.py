@@ -9,7 +9,8 @@ import jinja2
 import jiwer
 import numpy as np
 
-from mole_asr.score.charts import Curves, Routing, draw_curves, draw_reliability, draw_routing
+from mole_asr.asr.routing import Routing
+from mole_asr.score.charts import Curves, draw_curves, draw_reliability, draw_routing
 from mole_asr.score.groups import CHARACTER_ERRORS, CHARACTERS
 from mole_asr.score.language_id import split_reliability
 from mole_asr.score.pairs import Pair

@@ -1,6 +1,7 @@
 """The report of a run: figures as JSON, and a page with tables, training curves, routing and the worst utterances."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from mole_asr.asr.routing import Routing, hear_languages
 from mole_asr.corpus.manifest import Manifest
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
-from mole_asr.score.charts import Routing, read_curves
+from mole_asr.score.charts import read_curves
 from mole_asr.score.page import page
 from mole_asr.score.score import ScoreReport, score
 
@@ -41,7 +43,7 @@ def report(
         output: a folder; made if missing.
         logs: Lightning's CSV logs (`metrics.csv`, or a folder that holds some) for the training curves.
         model: folder of the trained model, for a picture of the routing of one utterance; the reference must be a
-            manifest then.
+            manifest then. If it cannot be drawn, the page is written without it.
         seconds: wall-clock time of the whole recipe; goes into `report.json` as it is.
         fold_accents: languages to score without accents.
         seed: of the bootstrap.
@@ -53,9 +55,9 @@ def report(
     stats = _read_stats(Path(hypothesis).with_suffix(".stats.json"))
     result = score(reference, hypothesis, by="language", fold_accents=fold_accents, seed=seed)
     result = replace(result, seconds=stats.pop("seconds", None))
-    routing = _routing(model, reference) if model is not None else None
     figures = {**result.to_dict(), "transcribe_seconds": result.seconds, **stats, "seconds": seconds}
     write_text(Path(output) / "report.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    routing = _routing(model, reference) if model is not None else None
     write_text(Path(output) / "report.html", page(result, curves, routing))
     return result
 
@@ -73,14 +75,14 @@ def _read_stats(path: Path) -> dict[str, Any]:
     return stats
 
 
-def _routing(model: str | Path, reference: str | Path) -> Routing:
-    """The routing of the longest utterance that is short enough for a picture."""
-    # torch takes seconds to import, and no other part of a score needs it.
-    from mole_asr.asr.routing import routing_picture
-
-    manifest = Manifest(reference)
-    if not len(manifest):
-        raise MoleError(f"{reference}: no utterance to draw; leave out --model")
-    fitting = np.where(manifest.durations_s <= LONGEST_PICTURE_S, manifest.durations_s, -manifest.durations_s)
-    picture = routing_picture(model, manifest[int(fitting.argmax())])
-    return Routing(evidence_TN=np.array(picture.pop("evidence")), **picture)
+def _routing(model: str | Path, reference: str | Path) -> Routing | None:
+    """The routing of the longest utterance short enough for a picture; None, and a warning, if it cannot be had."""
+    try:
+        manifest = Manifest(reference)
+        if not len(manifest):
+            raise MoleError(f"{reference}: no utterance")
+        fitting = np.where(manifest.durations_s <= LONGEST_PICTURE_S, manifest.durations_s, -manifest.durations_s)
+        return hear_languages(model, manifest[int(fitting.argmax())])
+    except MoleError as error:
+        print(f"no picture of the routing: {error}", file=sys.stderr)
+        return None

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +6,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from mole_asr.asr.routing import routing_picture
+from mole_asr.asr.routing import hear_languages
 from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
 from mole_asr.doctor import save_tiny_model
-from mole_asr.errors import MoleError
 from mole_asr.score.report import report
 
 DURATIONS_S = {"short": 1.0, "fitting": 3.0, "long": 9.0}
@@ -34,13 +32,11 @@ def reference(tmp_path: Path) -> Path:
 
 
 def test_every_frame_has_a_posterior(model: Path, reference: Path) -> None:
-    picture = routing_picture(model, Manifest(reference)[1])
-    evidence_TN = np.array(picture["evidence"])
-    assert picture["languages"] == ["en", "fr"] and (picture["id"], picture["text"]) == ("fitting", "salut")
-    assert len(evidence_TN) * picture["frame_shift_s"] == pytest.approx(3.0, abs=0.1)
-    np.testing.assert_allclose(evidence_TN.sum(1), 1, atol=1e-5)
-    assert 0 < picture["reliability"] <= 1
-    json.dumps(picture)
+    routing = hear_languages(model, Manifest(reference)[1])
+    assert routing.languages == ["en", "fr"] and (routing.id, routing.text) == ("fitting", "salut")
+    assert len(routing.evidence_TN) * routing.frame_shift_s == pytest.approx(3.0, abs=0.1)
+    np.testing.assert_allclose(routing.evidence_TN.sum(1), 1, atol=1e-5)
+    assert routing.reliability is not None and 0 < routing.reliability <= 1
 
 
 def test_only_the_utterance_is_heard(model: Path, reference: Path, tmp_path: Path) -> None:
@@ -48,7 +44,7 @@ def test_only_the_utterance_is_heard(model: Path, reference: Path, tmp_path: Pat
     audio_S, _ = soundfile.read(whole.audio_path)
     soundfile.write(tmp_path / "cut.wav", audio_S[8000 : 8000 + 48000], 16000)
     cut = Utterance("cut", tmp_path / "cut.wav", 0.0, 3.0, 16000, "", "")
-    found, expected = (np.array(routing_picture(model, utterance)["evidence"]) for utterance in (whole, cut))
+    found, expected = (hear_languages(model, utterance).evidence_TN for utterance in (whole, cut))
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -58,9 +54,16 @@ def test_the_report_draws_the_longest_that_fits(model: Path, reference: Path, tm
     assert "Routing of one utterance" in page and "fitting, reliability" in page
 
 
-def test_no_model_folder(reference: Path, tmp_path: Path) -> None:
-    with pytest.raises(MoleError, match="none"):
-        report(reference, reference, tmp_path / "out", model=tmp_path / "none")
+def test_without_a_picture_there_is_a_page(
+    model: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report(reference, reference, tmp_path / "out", model=tmp_path / "none")
+    (tmp_path / "noise.wav").unlink()
+    report(reference, reference, tmp_path / "out", model=model)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and "none/config.json" in warnings[0] and "noise.wav" in warnings[1]
+    assert "Routing of one" not in (tmp_path / "out" / "report.html").read_text()
+    assert (tmp_path / "out" / "report.json").exists()
 
 
 def test_a_report_without_a_picture_needs_no_torch(reference: Path, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mole_asr.asr.routing import Routing
 from mole_asr.errors import MoleError
-from mole_asr.score.charts import Routing, read_curves
+from mole_asr.score.charts import read_curves
 from mole_asr.score.page import align, direction, worst_utterances
 from mole_asr.score.pairs import Pair
 from mole_asr.score.report import report
