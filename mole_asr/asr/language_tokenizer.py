@@ -16,14 +16,14 @@ class LanguageEvidence:
     Attributes:
         evidence_BTN: float32 logits of each frame; zero at padding.
         logits_BN: float32 logits of each utterance, the mean of its frames' evidence.
-        reliability_logits_B: float32, of a head of its own; sigmoid gives the reliability where it is so configured.
+        reliability_logits_B: float32, of the reliability head; None without one.
         reliability_logits_BT: the same a frame.
     """
 
     evidence_BTN: Tensor
     logits_BN: Tensor
-    reliability_logits_B: Tensor
-    reliability_logits_BT: Tensor
+    reliability_logits_B: Tensor | None = None
+    reliability_logits_BT: Tensor | None = None
 
 
 class LanguageTokenizer(nn.Module):
@@ -37,15 +37,16 @@ class LanguageTokenizer(nn.Module):
     Args:
         d_model: D.
         num_languages: N.
+        reliability: whether there is a head for the reliability "sigmoid".
         hidden: H.
     """
 
-    def __init__(self, d_model: int, num_languages: int, hidden: int = 96) -> None:
+    def __init__(self, d_model: int, num_languages: int, reliability: bool = False, hidden: int = 96) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
         self.convolution = nn.Conv1d(d_model, hidden, kernel_size=5, padding=2)
         self.languages = nn.Linear(hidden, num_languages)
-        self.reliability = nn.Linear(hidden, 1)
+        self.reliability = nn.Linear(hidden, 1) if reliability else None
 
     def forward(self, x_BTD: Tensor, lengths_B: Tensor, valid_BT: Tensor) -> LanguageEvidence:
         """Listens to frames; padding is not heard."""
@@ -53,10 +54,8 @@ class LanguageTokenizer(nn.Module):
         hidden_BHT = self.convolution((self.norm(x_BTD) * valid_BT1).transpose(1, 2))
         hidden_BTH = functional.silu(hidden_BHT).transpose(1, 2)
         evidence_BTN = self.languages(hidden_BTH).float() * valid_BT1
-        reliability_BT1 = self.reliability(hidden_BTH).float() * valid_BT1
-        return LanguageEvidence(
-            evidence_BTN=evidence_BTN,
-            logits_BN=evidence_BTN.sum(1) / lengths_B[:, None],
-            reliability_logits_B=reliability_BT1.sum((1, 2)) / lengths_B,
-            reliability_logits_BT=reliability_BT1.squeeze(2),
-        )
+        logits_BN = evidence_BTN.sum(1) / lengths_B[:, None]
+        if self.reliability is None:
+            return LanguageEvidence(evidence_BTN, logits_BN)
+        reliability_BT = self.reliability(hidden_BTH).squeeze(2).float() * valid_BT
+        return LanguageEvidence(evidence_BTN, logits_BN, reliability_BT.sum(1) / lengths_B, reliability_BT)

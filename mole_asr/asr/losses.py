@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mole_asr.asr.model import ModelOutput
+from mole_asr.asr.model import EncoderConfig, ModelOutput
 from mole_asr.corpus.batch import Batch
 from mole_asr.moe.losses import language_loss, reliability_loss
 
@@ -23,20 +23,20 @@ def ctc_loss(log_probs_BTV: Tensor, lengths_B: Tensor, batch: Batch) -> Tensor:
         lengths_B,
         batch.label_lengths_B,
         reduction="sum",
-        zero_infinity=True,  # speed perturbation may leave an utterance too short; the plan leaves out the rest
+        zero_infinity=True,  # a recording may be a little shorter than its manifest says; the plan leaves out the rest
     )
     return total / batch.label_lengths_B.sum().clamp(min=1)
 
 
-def losses(output: ModelOutput, batch: Batch, reliability: str, by_frame: bool) -> dict[str, Tensor]:
+def losses(output: ModelOutput, batch: Batch, config: EncoderConfig) -> dict[str, Tensor]:
     """All losses of a batch by name: ctc, intermediate_ctc, language and, where trained, reliability.
 
     Args:
         output: of the model, in training.
         batch: the same batch.
-        reliability: definition of the reliability in the config.
-        by_frame: whether routing is frame-wise.
+        config: of the model.
     """
+    by_frame = config.routing_unit == "frame"
     evidence, rows = output.evidence, output.frames.rows
     logits = evidence.evidence_BTN if by_frame else evidence.logits_BN
     named = {"ctc": ctc_loss(output.log_probs_BTV, output.lengths_B, batch)}
@@ -44,7 +44,7 @@ def losses(output: ModelOutput, batch: Batch, reliability: str, by_frame: bool) 
         each = [ctc_loss(log_probs, output.lengths_B, batch) for log_probs in output.intermediate_log_probs_BTV]
         named["intermediate_ctc"] = torch.stack(each).mean()
     named["language"] = language_loss(logits, batch.languages_B, rows)
-    if reliability == "sigmoid":
-        heads = evidence.reliability_logits_BT if by_frame else evidence.reliability_logits_B
+    heads = evidence.reliability_logits_BT if by_frame else evidence.reliability_logits_B
+    if heads is not None:
         named["reliability"] = reliability_loss(heads, logits, batch.languages_B, rows)
     return named

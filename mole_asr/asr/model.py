@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mole_asr.asr.conformer import ConformerBlock, Frames
 from mole_asr.asr.language_tokenizer import LanguageEvidence, LanguageTokenizer
-from mole_asr.asr.subsampling import FACTOR, Subsampling
-from mole_asr.audio.features import FRAME_SHIFT_S, LogMel
+from mole_asr.asr.subsampling import Subsampling
+from mole_asr.audio.features import FRAME_SHIFT_S, SUBSAMPLING, LogMel
 from mole_asr.errors import MoleError
 from mole_asr.moe.plan import RoutingPlan
 from mole_asr.moe.routers import LanguageRouter, Reliability, Routing, RoutingContext
@@ -31,7 +31,6 @@ class EncoderConfig:
         kernel_size: of the depthwise convolutions, odd, in frames of 40 ms.
         dropout: of each part of a block.
         num_mels: F.
-        sampling_rate_hz: of the waveforms.
         intermediate_ctc_blocks: blocks behind which the CTC head is asked too; its answer goes back into the stream
             (self-conditioned CTC, Nozaki & Komatsu, 2021).
         routing_unit: "utterance" or "frame" (for code-switching).
@@ -49,7 +48,6 @@ class EncoderConfig:
     kernel_size: int = 15
     dropout: float = 0.1
     num_mels: int = 80
-    sampling_rate_hz: int = 16000
     intermediate_ctc_blocks: tuple[int, ...] = (2,)
     routing_unit: str = "utterance"
     reliability: Reliability = "max_posterior"
@@ -58,7 +56,15 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         dense = self.num_blocks - self.num_mole_blocks
+        sizes = (self.d_model, self.d_ff, self.num_blocks, self.num_heads, self.kernel_size, self.num_mels)
+        if min(sizes) < 1:
+            raise MoleError(
+                "model.encoder: d_model, d_ff, num_blocks, num_heads, kernel_size and num_mels must be positive"
+            )
         problems = [
+            (not 0 <= self.dropout < 1, f"dropout: {self.dropout:g} must be from 0 to below 1"),
+            (self.temperature <= 0, f"temperature: {self.temperature:g} must be positive"),
+            (self.num_mole_blocks < 0, f"num_mole_blocks: {self.num_mole_blocks} must not be negative"),
             (self.d_model % self.num_heads != 0, f"d_model: {self.d_model} is no multiple of num_heads"),
             (self.kernel_size % 2 == 0, f"kernel_size: {self.kernel_size} must be odd"),
             (not dense >= 0, f"num_mole_blocks: {self.num_mole_blocks} is more than num_blocks {self.num_blocks}"),
@@ -88,7 +94,8 @@ class ModelOutput:
         evidence: of the language tokenizer.
         plan: of the MoLE blocks.
         reliability_B: float32 r of each utterance (mean over its frames where routing is frame-wise).
-        expert_B: int64, the language expert of each utterance (the most frequent one where routing is frame-wise).
+        expert_B: int64, the language expert of each utterance (the most frequent one where routing is frame-wise); the
+            number of languages where none is taken, with the reliability "zero".
         frames: the padded batch's description.
     """
 
@@ -132,9 +139,9 @@ class MoleModel(nn.Module):
     def __init__(self, config: EncoderConfig, languages: list[str], vocab_size: int) -> None:
         super().__init__()
         self.config, self.languages, self.vocab_size = config, list(languages), vocab_size
-        self.frame_shift_s = FACTOR * FRAME_SHIFT_S
+        self.frame_shift_s = SUBSAMPLING * FRAME_SHIFT_S
         D = config.d_model
-        self.log_mel = LogMel(config.sampling_rate_hz, config.num_mels)
+        self.log_mel = LogMel(config.num_mels)
         self.feature_augment: nn.Module | None = None
         self.subsampling = Subsampling(config.num_mels, D)
         first_mole_block = config.num_blocks - config.num_mole_blocks
@@ -149,10 +156,14 @@ class MoleModel(nn.Module):
             )
             for index in range(config.num_blocks)
         )
-        self.language_tokenizer = LanguageTokenizer(D, len(languages))
+        self.language_tokenizer = LanguageTokenizer(D, len(languages), reliability=config.reliability == "sigmoid")
         self.router = LanguageRouter(len(languages), config.reliability, config.temperature, config.routing)
         self.ctc = CTCHead(D, vocab_size)
         self.condition = nn.Linear(vocab_size, D) if config.intermediate_ctc_blocks else None
+
+    def language_posterior(self, logits: Tensor) -> Tensor:
+        """P = softmax(z / temperature) over the last dimension, as the router takes it; float32."""
+        return (logits.float() / self.config.temperature).softmax(-1)
 
     def forward(
         self,

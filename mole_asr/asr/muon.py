@@ -98,7 +98,10 @@ class Muon(torch.optim.Optimizer):
             orthogonal_NXY = orthogonalize(torch.cat(updates)).to(alike[0].dtype)
             rate = group["lr"] * max(1.0, rows / columns) ** 0.5
             for parameter, update in zip(alike, orthogonal_NXY.split([len(update) for update in updates]), strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                decay = group["lr"] * group["weight_decay"]
+                if parameter.ndim == 3:  # an expert that heard nothing keeps its weights
+                    decay = decay * (update != 0).any(-1).any(-1)[:, None, None]
+                parameter.mul_(1 - decay)
                 parameter.add_(update.view_as(parameter), alpha=-rate)
 
     def _step_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-FACTOR = 4
-
 
 def valid_mask(lengths_B: Tensor, size: int) -> Tensor:
     """bool[B, size]: True where a frame belongs to the utterance."""

@@ -1,7 +1,7 @@
 """The Lightning task: one weighted sum of named losses, optimizer and schedule, validation by error rate."""
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class LossWeights:
 class OptimizerConfig:
     """Muon for matrices, AdamW for the rest; warm-up, then a straight line to zero at the last step.
 
+    A resumed run keeps the learning rates it began with.
+
     Attributes:
         lr: of the matrices.
         adamw_lr: of all other parameters.
@@ -58,15 +60,6 @@ class OptimizerConfig:
         """Learning rate of a step over the configured one."""
         warmup = max(1, round(self.warmup_share * steps))
         return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
-
-
-@dataclass
-class _Errors:
-    """Edit distance and characters of the references, for the error rate of one language."""
-
-    distance: int = 0
-    characters: int = 0
-    sample: str = field(default="")
 
 
 class MoleTask(LightningModule):
@@ -100,27 +93,29 @@ class MoleTask(LightningModule):
         self.text_tokenizer = TextTokenizer(tokenizer)
         self.loss_weights, self.optimizer_config = loss_weights, optimizer
         self.scheduled_share, self.seed = scheduled_share, seed
+        torch.manual_seed(seed)
         if init_from is None:
-            torch.manual_seed(seed)
             self.model = MoleModel(encoder, languages, self.text_tokenizer.vocab_size)
         else:
             old, old_tokenizer = load_model(Path(init_from))
+            if encoder not in (EncoderConfig(), old.config):
+                raise MoleError(
+                    "model.encoder: with model.init_from, sizes are those of the old model; leave the keys out"
+                )
             self.model = grow_model(old, old_tokenizer, self.text_tokenizer, languages)
         self.model.feature_augment = SpecAugment() if spec_augment else None
-        self._errors: dict[int, _Errors] = {}
+        # Of each language: edit distance and characters of the references; and its longest utterance, decoded.
+        self._counts_N2 = torch.zeros(len(languages), 2)
+        self._samples: dict[int, str] = {}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The weighted sum of the losses of a batch."""
-        torch.manual_seed(zlib.crc32(f"{self.seed} {self.global_step} {self.global_rank}".encode()))
-        progress = self.global_step / max(1, self.trainer.estimated_stepping_batches)
-        output = self.model(
-            batch.audio_BS,
-            batch.audio_lengths_B,
-            batch.languages_B,
-            true_probability=max(0.0, 1 - progress / self.scheduled_share),
-        )
-        config = self.model.config
-        named = losses(output, batch, config.reliability, config.routing_unit == "frame")
+        place = f"{self.seed} {self.current_epoch} {batch_index} {self.global_rank}"
+        torch.manual_seed(zlib.crc32(place.encode()))
+        scheduled_steps = self.scheduled_share * self.trainer.estimated_stepping_batches
+        true_probability = max(0.0, 1 - self.global_step / scheduled_steps) if scheduled_steps > 0 else 0.0
+        output = self.model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B, true_probability)
+        named = losses(output, batch, self.model.config)
         total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))
         self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=len(batch))
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
@@ -135,32 +130,34 @@ class MoleTask(LightningModule):
         self.log("valid/reliability", output.reliability_B.mean(), batch_size=len(batch), sync_dist=True)
         decoded = greedy_ctc(output.log_probs_BTV, output.lengths_B)
         for ids, text, language in zip(decoded, batch.texts, batch.languages_B.tolist(), strict=True):
+            if language < 0:  # stands in for a batch with no readable file
+                continue
             hypothesis = self.text_tokenizer.decode(ids)
-            errors = self._errors.setdefault(language, _Errors())
-            errors.distance += _edit_distance(text, hypothesis)
-            errors.characters += len(text)
-            if len(text) > 12 and not errors.sample:
-                errors.sample = f"{text}\n      -> {hypothesis}"
+            self._counts_N2[language] += torch.tensor([_edit_distance(text, hypothesis), len(text)])
+            # The longest utterances come first.
+            self._samples.setdefault(language, f"{text}\n      -> {hypothesis}")
 
     def on_validation_epoch_end(self) -> None:
         """Logs the macro-averaged character error rate and shows one decoded utterance a language."""
-        rates = {
-            self.model.languages[language]: 100 * errors.distance / max(1, errors.characters)
-            for language, errors in sorted(self._errors.items())
-        }
+        counts_N2 = self.trainer.strategy.reduce(self._counts_N2.to(self.device), reduce_op="sum")
+        counts = zip(self.model.languages, counts_N2.tolist(), strict=True)
+        rates = {code: 100 * distance / characters for code, (distance, characters) in counts if characters}
         if rates and not self.trainer.sanity_checking:
-            self.log_dict({f"valid/cer_{code}": rate for code, rate in rates.items()}, sync_dist=True)
-            self.log("valid/cer", sum(rates.values()) / len(rates), prog_bar=True, sync_dist=True)
-            samples = [f"  {self.model.languages[n]}  {errors.sample}" for n, errors in sorted(self._errors.items())]
+            self.log_dict({f"valid/cer_{code}": rate for code, rate in rates.items()})
+            self.log("valid/cer", sum(rates.values()) / len(rates), prog_bar=True)
+            samples = [f"  {self.model.languages[n]}  {sample}" for n, sample in sorted(self._samples.items())]
             self.print("\n".join([f"\nepoch {self.current_epoch}, step {self.global_step}:", *samples]))
-        self._errors.clear()
+        self._counts_N2.zero_()
+        self._samples.clear()
 
     def configure_optimizers(self) -> Any:
         """Muon with AdamW, and a schedule a step."""
         config = self.optimizer_config
         optimizer = build_optimizer(self.model, config.lr, config.adamw_lr, config.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.scale(step, steps))
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise MoleError("trainer.max_epochs: the learning rate needs to know the end; give a number of epochs")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.scale(step, int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

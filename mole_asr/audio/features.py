@@ -7,9 +7,13 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
+from mole_asr.audio.read import SAMPLING_RATE_HZ
+
 FRAME_SHIFT_S = 0.010
+# The encoder makes one frame of so many: 40 ms.
+SUBSAMPLING = 4
 WINDOW_S = 0.025
-# Below the quantisation noise of 16-bit audio, so that digital silence has a finite logarithm.
+# About the noise of a quiet 16-bit recording, so that digital silence does not stand out from it.
 POWER_FLOOR = 1e-6
 
 
@@ -19,20 +23,19 @@ class LogMel(nn.Module):
     The normalisation takes away the level and the frequency response of the microphone; it sees valid frames only.
 
     Args:
-        sampling_rate_hz: rate of the waveforms.
         num_mels: F.
     """
 
     window_S: Tensor
     fbanks_CF: Tensor
 
-    def __init__(self, sampling_rate_hz: int = 16000, num_mels: int = 80) -> None:
+    def __init__(self, num_mels: int = 80) -> None:
         super().__init__()
-        self.hop = round(FRAME_SHIFT_S * sampling_rate_hz)
-        window = round(WINDOW_S * sampling_rate_hz)
+        self.hop = round(FRAME_SHIFT_S * SAMPLING_RATE_HZ)
+        window = round(WINDOW_S * SAMPLING_RATE_HZ)
         self.n_fft = 2 ** (window - 1).bit_length()
         fbanks_CF = torchaudio.functional.melscale_fbanks(
-            self.n_fft // 2 + 1, 20.0, 0.475 * sampling_rate_hz, num_mels, sampling_rate_hz
+            self.n_fft // 2 + 1, 20.0, 0.475 * SAMPLING_RATE_HZ, num_mels, SAMPLING_RATE_HZ
         )
         # Rebuilt from the sizes above, so they have no place in a checkpoint.
         self.register_buffer("window_S", torch.hann_window(window), persistent=False)
@@ -42,7 +45,7 @@ class LogMel(nn.Module):
         """Computes features without gradient, always in float32.
 
         Args:
-            audio_BS: float32 waveforms, zero beyond their lengths.
+            audio_BS: float32 waveforms at 16 kHz, zero beyond their lengths.
             lengths_B: int64, samples.
 
         Returns:

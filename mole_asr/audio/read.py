@@ -20,6 +20,9 @@ from mole_asr.errors import MoleError
 if TYPE_CHECKING:
     from torchaudio.transforms import Resample
 
+SAMPLING_RATE_HZ = 16000
+"""Of all models: what is read for them is resampled to it."""
+
 _SUFFIXES = """
     .wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .sph .w64 .rf64
     .m4a .m4b .mp4 .mov .aac .webm .mkv .mka .wma .amr .awb .3gp .ac3 .g722

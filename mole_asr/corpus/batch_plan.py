@@ -130,16 +130,20 @@ class Selection:
     Attributes:
         rows: int64[N] rows of the manifest.
         left_out: reason -> number of utterances.
+        examples: reason -> row of the first of them.
     """
 
     rows: np.ndarray
     left_out: Mapping[str, int] = field(default_factory=dict)
+    examples: Mapping[str, int] = field(default_factory=dict)
 
     def without(self, reason: str, bad: np.ndarray) -> "Selection":
         """Leaves out the rows for which `bad` (bool, one for each row of the manifest) holds, counted as `reason`."""
         keep = ~bad[self.rows]
-        count = int((~keep).sum())
-        return Selection(self.rows[keep], {**self.left_out, reason: count} if count else self.left_out)
+        if keep.all():
+            return self
+        left_out = {**self.left_out, reason: int((~keep).sum())}
+        return Selection(self.rows[keep], left_out, {**self.examples, reason: int(self.rows[~keep][0])})
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items()) or "none"

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from mole_asr.audio.augment import AugmentConfig
+from mole_asr.audio.features import FRAME_SHIFT_S, SUBSAMPLING
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.batch_plan import BatchPlan, Selection, required_frames
 from mole_asr.corpus.dataset import BatchKey, LabelTable, SpeechDataset
@@ -73,7 +74,10 @@ class PlanLoader:
     def __iter__(self) -> Iterator[Batch]:
         epoch, first = self._place()
         batches = self.plan.batches(epoch, self.rank)
-        self._keys[:] = [(epoch, number, self.rows[places]) for number, places in enumerate(batches)][first:]
+        # Numbered over all ranks: no two draw the same augmentation.
+        keys = enumerate(batches)
+        numbered = [(epoch, n * self.plan.world_size + self.rank, self.rows[places]) for n, places in keys]
+        self._keys[:] = numbered[first:]
         for batch in self._loader:
             for reason in set(batch.skipped) - self.skipped:
                 log.warning("skipped %s", reason)
@@ -113,7 +117,6 @@ class SpeechDataModule(LightningDataModule):
         temperature: languages are sampled with p ~ hours^(1/temperature); 1 takes every utterance once an epoch.
         seed: seed of batches and augmentation.
         num_workers: reading processes; 0 reads in the training process.
-        frame_shift_ms: time between two frames of the model's output, to check that CTC can align the text.
         augment: waveform augmentation of the training data; null for none.
     """
 
@@ -131,7 +134,6 @@ class SpeechDataModule(LightningDataModule):
         temperature: float = 1.0,
         seed: int = 0,
         num_workers: int = 0,
-        frame_shift_ms: float = 40.0,
         augment: AugmentConfig | None = None,
     ) -> None:
         super().__init__()
@@ -151,7 +153,6 @@ class SpeechDataModule(LightningDataModule):
         self.temperature = temperature
         self.seed = seed
         self.num_workers = num_workers
-        self.frame_shift_ms = frame_shift_ms
         self.augment = augment
         self._languages = languages
         self._datasets: dict[str, SpeechDataset] = {}
@@ -169,8 +170,15 @@ class SpeechDataModule(LightningDataModule):
 
     @cached_property
     def languages(self) -> list[str]:
-        """Language codes; an index into them is a language id of a batch."""
-        return self._languages or sorted(Manifest(self.train_manifest).languages)
+        """Language codes; an index into them is a language id of a batch.
+
+        Raises:
+            MoleError: neither the argument nor the manifest names any.
+        """
+        found = self._languages or sorted(Manifest(self.train_manifest).languages)
+        if not found:
+            raise MoleError(f"{self.train_manifest}: no utterance has a language; prepare it with --language")
+        return found
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the manifests, tokenises the texts and leaves out what cannot be trained on.
@@ -197,24 +205,26 @@ class SpeechDataModule(LightningDataModule):
         config = self.augment if split == "train" else None
         manifest = Manifest(path)
         ids = [self.languages.index(code) if code in self.languages else -1 for code in manifest.languages]
-        language_ids = np.array(ids, np.int64)[manifest.language_ids]
+        language_ids = np.array([*ids, -1], np.int64)[manifest.language_ids]  # -1, no language, finds the last one
         durations_s = manifest.durations_s.astype(np.float64)
         selection = (
             Selection(np.arange(len(manifest)))
-            .without("in a language the model does not have", language_ids < 0)
+            .without("without a language that the model has", language_ids < 0)
             .without(f"longer than {self.max_seconds:g} s", durations_s > self.max_seconds)
             .without(f"shorter than {self.min_seconds:g} s", durations_s < self.min_seconds)
         )
         labels = LabelTable.tokenize(manifest, selection.rows, self.tokenizer)
         # Speed perturbation makes utterances shorter: the fastest version must still have a frame for every label.
         shortest_s = durations_s * (config.shortest_stretch if config else 1.0)
-        frames = np.floor(shortest_s * 1000 / self.frame_shift_ms)
+        frames = np.floor(shortest_s / (SUBSAMPLING * FRAME_SHIFT_S))
         required = np.array([required_frames(labels[row]) for row in range(len(manifest))], np.int64)
         selection = selection.without("with an empty text", labels.lengths == 0)
         selection = selection.without("with more labels than frames", required > frames)
         if len(selection.rows) == 0:
             raise MoleError(f"{path}: nothing to {'train' if split == 'train' else 'validate'} on: {selection}")
-        log.info("%s: %s", path, selection)
+        if selection.left_out:
+            first = ", ".join(manifest[row].id for row in selection.examples.values())
+            log.warning("%s: %s (the first of each: %s)", path, selection, first)
         return SpeechDataset(manifest, labels, language_ids, config, self.seed), selection
 
     def _loader(

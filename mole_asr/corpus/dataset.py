@@ -7,13 +7,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from mole_asr.audio.augment import AugmentConfig, augment
-from mole_asr.audio.read import read_audio
+from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
 from mole_asr.corpus.batch import Batch, Example, collate
 from mole_asr.corpus.manifest import Manifest, Utterance
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
 
-SAMPLING_RATE_HZ = 16000
 # Decoders differ by some milliseconds; a recording that is cut short misses more than that.
 MIN_SHARE_OF_DURATION = 0.9
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mole_asr.audio.read import read_audio
+from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
 from mole_asr.audio.segment import speech_segments
 from mole_asr.decode.alignment import Tokenizer, align_words
 from mole_asr.decode.greedy import greedy_ctc
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Input: TypeAlias = Union[str, Path, np.ndarray, "Utterance"]
 
-SAMPLING_RATE_HZ = 16000
 # Sorting needs a choice of segments; more of them would only delay the first text and take more memory.
 _WINDOW_BATCHES = 4
 # The first window is this part of a full one, so that the first text comes soon; each next one is twice as long.
@@ -157,7 +156,7 @@ class Transcriber:
         languages_B = None if language_id is None else torch.full_like(lengths_B, language_id).to(self.device)
         output = self.model(audio_BS.to(self.device), lengths_B.to(self.device), languages_B)
         log_probs_BTV, frames = output.log_probs_BTV.float().cpu(), output.lengths_B.tolist()
-        probabilities_BN = output.language_logits_BN.float().softmax(dim=-1).cpu().numpy()
+        probabilities_BN = self.model.language_posterior(output.language_logits_BN).cpu().numpy()
         token_ids = greedy_ctc(log_probs_BTV, output.lengths_B.cpu())
         for row, (piece, reliability) in enumerate(zip(batch, output.reliability_B.tolist(), strict=True)):
             log_probs_TV = log_probs_BTV[row, : frames[row]]

@@ -194,7 +194,7 @@ def test_no_utterance_is_left(command: Callable[..., list[str]], tones: Path, tm
     silent = copy_manifest(tones, tmp_path / "silent.jsonl", text="")
     message = refused(command(data__valid_manifest=silent))
     assert "silent.jsonl: nothing to validate on" in message and "with an empty text" in message
-    assert "in a language the model does not have" in refused(command(data__languages="[xx]"))
+    assert "without a language that the model has" in refused(command(data__languages="[xx]"))
     assert not (tmp_path / "run" / "model").exists()
 
 

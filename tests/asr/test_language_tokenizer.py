@@ -6,7 +6,7 @@ from mole_asr.asr.subsampling import valid_mask
 
 def heard(x_BTD: torch.Tensor, lengths_B: torch.Tensor):
     torch.manual_seed(0)
-    module = LanguageTokenizer(x_BTD.shape[2], 3, hidden=12)
+    module = LanguageTokenizer(x_BTD.shape[2], 3, reliability=True, hidden=12)
     return module(x_BTD, lengths_B, valid_mask(lengths_B, x_BTD.shape[1]))
 
 

@@ -67,6 +67,15 @@ def test_a_matrix_moves_by_its_learning_rate_and_shrinks_by_decay() -> None:
     torch.testing.assert_close(still.detach(), torch.full((4, 4), 1 - 0.5 * 0.1))
 
 
+def test_an_expert_that_hears_nothing_keeps_its_weights() -> None:
+    experts = nn.Parameter(torch.ones(3, 4, 4))
+    experts.grad = torch.zeros(3, 4, 4)
+    experts.grad[1] = torch.randn(4, 4)
+    Muon([experts], [], lr=0.5, weight_decay=0.1).step()
+    changed = [bool((expert != 1).any()) for expert in experts.detach()]
+    assert changed == [False, True, False]
+
+
 def test_the_rest_moves_as_with_adamw() -> None:
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in [(5,), (3, 4), (2, 3, 2)]]

@@ -143,7 +143,7 @@ def test_unusable_utterances_are_counted_and_named(
     selection = data.selections["train"]
     assert selection.rows.tolist() == [0, 5]
     assert selection.left_out == {
-        "in a language the model does not have": 1,
+        "without a language that the model has": 1,
         "longer than 2 s": 1,
         "shorter than 0.1 s": 1,
         "with an empty text": 1,
