@@ -119,7 +119,7 @@ class MoleTask(LightningModule):
         total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))
         self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=len(batch))
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
-        self.log("train/reliability", output.reliability_B.detach().mean(), batch_size=len(batch))
+        self.log("train/mean_reliability", output.reliability_B.detach().mean(), batch_size=len(batch))
         return total
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -127,7 +127,7 @@ class MoleTask(LightningModule):
         output = self.model(batch.audio_BS, batch.audio_lengths_B)
         right = (output.language_logits_BN.argmax(1) == batch.languages_B).float().mean()
         self.log("valid/language_accuracy", right, batch_size=len(batch), sync_dist=True)
-        self.log("valid/reliability", output.reliability_B.mean(), batch_size=len(batch), sync_dist=True)
+        self.log("valid/mean_reliability", output.reliability_B.mean(), batch_size=len(batch), sync_dist=True)
         decoded = greedy_ctc(output.log_probs_BTV, output.lengths_B)
         for ids, text, language in zip(decoded, batch.texts, batch.languages_B.tolist(), strict=True):
             if language < 0:  # stands in for a batch with no readable file

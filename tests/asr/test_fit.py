@@ -150,10 +150,13 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_as_an_uninterrupted_one(
     assert not different
 
 
-def test_a_complete_run_is_not_trained_further(command: Callable[..., list[str]], watch: Watch, tmp_path: Path) -> None:
-    fit(command())
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_complete_run_is_not_trained_further(
+    command: Callable[..., list[str]], watch: Watch, tmp_path: Path, precision: str
+) -> None:
+    fit(command(trainer__precision=precision))
     first, watch.rows = weights(tmp_path / "run"), []
-    fit(command())
+    fit(command(trainer__precision=precision))
     assert watch.rows == []
     again = weights(tmp_path / "run")
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -46,6 +46,19 @@ def test_an_utterance_is_recognised_alone_as_in_company(
 
 
 @pytest.mark.parametrize("unit", UNITS)
+def test_company_changes_little_in_bfloat16(make_model: Callable[..., MoleModel], batch: Batch, unit: str) -> None:
+    model = make_model(routing_unit=unit).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        together = run(model, batch)
+        samples = int(batch.audio_lengths_B[0])
+        alone = model(batch.audio_BS[:1, :samples], torch.tensor([samples]))
+    assert together.log_probs_BTV.dtype == together.reliability_B.dtype == torch.float32
+    frames = int(alone.lengths_B)
+    torch.testing.assert_close(alone.log_probs_BTV[0], together.log_probs_BTV[0, :frames], atol=0.1, rtol=0)
+    torch.testing.assert_close(alone.reliability_B[0], together.reliability_B[0], atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_padding_gets_no_gradient(make_model: Callable[..., MoleModel], batch: Batch, unit: str) -> None:
     """The loss of a batch is the sum of the losses of its utterances alone, and so are its gradients."""
     model = make_model(routing_unit=unit, dropout=0.0).eval()

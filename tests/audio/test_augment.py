@@ -133,8 +133,10 @@ def test_masks_are_bands_and_stretches_of_bounded_size(lengths: list[int], seed:
         times_T, bands_F = changed_TF[:length].all(1), changed_TF[:length].all(0)
         if not bands_F.all() and not times_T.all():
             assert torch.equal(changed_TF[:length], times_T[:, None] | bands_F[None, :])
-        assert bands_F.sum() <= 2 * 27 or times_T.all()
-        assert times_T.sum() <= min(10, int(length * 0.04)) * max(1, int(length * 0.05))
+        limits = SpecAugment()
+        assert bands_F.sum() <= limits.frequency_masks * limits.max_frequency_bins or times_T.all()
+        masks = min(limits.max_time_masks, int(length * limits.time_masks_per_frame))
+        assert times_T.sum() <= masks * int(length * limits.max_time_share) or bands_F.all()
 
 
 def test_a_mask_is_the_mean_of_the_valid_frames() -> None:
