@@ -2,7 +2,7 @@
 # make test    sets everything up in .venv, then passes the tests
 # make lint    style and types
 #
-# All can be given again after an interruption; what is done stays done. Needed: make, Python 3.11-3.13, 8 GB of disk (PyTorch).
+# All can be given again after an interruption; what is done stays done. Needed: make, Python 3.11-3.13, 9 GB of disk (PyTorch).
 #
 # PYTHON=python3.12        which Python to take, if not the newest that fits
 # SOURCE=folder            where the packages of the prompt corpus lie, if apt cannot fetch them
