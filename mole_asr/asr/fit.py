@@ -144,15 +144,6 @@ def _find_config(word: str) -> str:
     return word
 
 
-def _set_up_logging() -> None:
-    """Shows what we have to tell, such as which utterances are left out, and of Lightning's messages the warnings."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    ours = logging.getLogger("mole_asr")
-    ours.setLevel(logging.INFO)
-    if not ours.hasHandlers():
-        ours.addHandler(logging.StreamHandler())
-
-
 def _last_checkpoint(output: Path, **when: Any) -> ModelCheckpoint:
     """Keeps one checkpoint, `last.ckpt`.
 
@@ -174,7 +165,7 @@ def fit(arguments: list[str]) -> None:
         MoleError: the data cannot be trained on, or they or the sizes of the model do not fit the run to resume.
         KeyboardInterrupt: after Ctrl-C; the same command goes on from the last checkpoint.
     """
-    _set_up_logging()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # below are devices and advertisements
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message)

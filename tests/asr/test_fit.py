@@ -344,12 +344,11 @@ def test_the_packaged_config_is_found_from_any_folder(
     assert output_of("--config=conf/asr/prompts5.yaml") == "output: mine"
 
 
-def test_it_says_what_it_trains_on_and_lightning_is_silent(command: Callable[..., list[str]]) -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "mole_asr.cli", "fit", *command(trainer__max_epochs=1)], capture_output=True, text=True
-    )
+def test_it_says_what_is_left_out_and_lightning_is_silent(command: Callable[..., list[str]]) -> None:
+    words = command(trainer__max_epochs=1, data__max_seconds=1.1)
+    shown = subprocess.run([sys.executable, "-m", "mole_asr.cli", "fit", *words], capture_output=True, text=True)
     assert shown.returncode == 0
-    assert "train.jsonl: 20 utterances used" in shown.stderr
+    assert "longer than 1.1 s" in shown.stderr and "train.jsonl" in shown.stderr
     assert not re.search("litlogger|TPU|GPU available|Warning", shown.stderr), shown.stderr
 
 
