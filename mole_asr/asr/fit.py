@@ -22,12 +22,14 @@ from mole_asr.asr.checkpoint import save_model
 from mole_asr.asr.task import MoleTask
 from mole_asr.audio.augment import AugmentConfig
 from mole_asr.corpus.data_module import SpeechDataModule
+from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, save_ngrams
 from mole_asr.errors import MoleError
 
 MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
 AVERAGE_EVERY_STEPS = 5
 CHECKPOINT_EVERY_STEPS = 200
+MOST_TEXTS = 100_000  # of a language, whose n-grams are counted
 # Said by libraries at each start, about what is meant to be so.
 _EXPECTED_WARNINGS = (
     "LightningCLI's args parameter",
@@ -39,7 +41,7 @@ _EXPECTED_WARNINGS = (
 
 
 class ExportModel(Callback):
-    """Writes the model folder at the end of the training, with the averaged weights.
+    """Writes the model folder at the end of the training: the averaged weights, and n-grams of the training texts.
 
     Args:
         folder: to write.
@@ -56,9 +58,20 @@ class ExportModel(Callback):
         if self.average is not None:
             # Once more: Lightning does not do it when a complete run is started again.
             self.average.on_train_end(trainer, pl_module)
-        if trainer.is_global_zero and trainer.state.status != "interrupted":
+        if trainer.is_global_zero:
+            save_ngrams(_count_ngrams(trainer), self.folder / NGRAM_FILE)
             save_model(pl_module.model, pl_module.text_tokenizer, self.folder)
             print(f"model written to {self.folder}", file=sys.stderr)
+
+
+def _count_ngrams(trainer: Trainer) -> dict[str, TokenNgram]:
+    """N-grams of the training texts, a language; of a large corpus, of some of them."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, SpeechDataModule)
+    return {
+        language: TokenNgram.count(texts[:: 1 + len(texts) // MOST_TEXTS], data.vocab_size)
+        for language, texts in data.training_labels().items()
+    }
 
 
 class MoleCLI(LightningCLI):

@@ -44,9 +44,9 @@ class EncoderConfig:
     num_blocks: int = 4
     num_mole_blocks: int = 2
     language_tokenizer_block: int = 2
-    num_heads: int = 4
+    num_heads: int = 3
     kernel_size: int = 15
-    dropout: float = 0.1
+    dropout: float = 0.05
     num_mels: int = 80
     intermediate_ctc_blocks: tuple[int, ...] = (2,)
     routing_unit: str = "utterance"

@@ -199,6 +199,12 @@ class SpeechDataModule(LightningDataModule):
         """All validation batches, longest first, the same every time."""
         return self._loader("valid", self.valid_batch_seconds, lambda: (0, 0), shuffle=False)
 
+    def training_labels(self) -> dict[str, list[np.ndarray]]:
+        """Label sequences of the utterances that are trained on, by language."""
+        dataset, rows = self._datasets["train"], self.selections["train"].rows
+        ids = dataset.language_ids[rows]
+        return {code: [dataset.labels[row] for row in rows[ids == n]] for n, code in enumerate(self.languages)}
+
     def _prepare(self, split: str) -> tuple[SpeechDataset, Selection]:
         """The dataset of a split, and which of its rows are used."""
         path = Path(self.train_manifest if split == "train" else self.valid_manifest)

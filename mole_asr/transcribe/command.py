@@ -54,6 +54,7 @@ def transcribe(
     format: str | Sequence[str] = "txt",
     output: str | None = None,
     batch_seconds: float = 240.0,
+    beam: int = 12,
 ) -> TranscribeResult:
     """Transcribes audio files, folders of them, and manifests.
 
@@ -71,6 +72,8 @@ def transcribe(
         output: folder for the results. Left out, texts are only printed, and other formats and manifests go to the
             current folder.
         batch_seconds: seconds of sound that are recognised at once; less needs less memory.
+        beam: prefixes that the search with the n-grams of the training texts keeps; 0 decodes greedily, faster and by
+            the sound alone.
 
     Returns:
         Counts and failures.
@@ -89,6 +92,7 @@ def transcribe(
         _check_references(recordings, [folder / f"{name}.txt" for name in names.values()])
     manifest_jobs = _manifest_jobs(manifests, folder or Path())
     transcriber = load(model)
+    transcriber.beam = beam
     total = TranscribeResult(failures=failures)
     for transcript in _run(transcriber, recordings, language, batch_seconds, total):
         if folder is not None:

@@ -1,9 +1,9 @@
-"""Recordings to text: read -> segments -> batches by length -> model -> greedy CTC -> word times -> transcript.
+"""Recordings to text: read -> segments -> batches by length -> model -> CTC search -> word times -> transcript.
 
 Shape letters: B batch, S samples, T frames, V vocabulary, N languages.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +16,9 @@ from torch import Tensor
 from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
 from mole_asr.audio.segment import speech_segments
 from mole_asr.decode.alignment import Tokenizer, align_words
+from mole_asr.decode.beam import beam_ctc
 from mole_asr.decode.greedy import greedy_ctc
+from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams
 from mole_asr.decode.word import Word
 from mole_asr.errors import MoleError
 from mole_asr.transcribe.transcript import Segment, Transcript
@@ -29,6 +31,7 @@ Input: TypeAlias = Union[str, Path, np.ndarray, "Utterance"]
 
 # Sorting needs a choice of segments; more of them would only delay the first text and take more memory.
 _WINDOW_BATCHES = 4
+BEAM = 12
 # The first window is this part of a full one, so that the first text comes soon; each next one is twice as long.
 _FIRST_WINDOW = 1 / 16
 # What is shorter is padded to this: a few frames are the least that the subsampling and the CTC can take.
@@ -68,7 +71,9 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> "Trans
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, tokenizer = load_model(Path(folder), device)
-    return Transcriber(model, tokenizer, device)
+    path = Path(folder) / NGRAM_FILE
+    ngrams = load_ngrams(path, tokenizer.vocab_size) if path.exists() else {}
+    return Transcriber(model, tokenizer, device, ngrams=ngrams)
 
 
 class Transcriber:
@@ -78,16 +83,25 @@ class Transcriber:
         model: in evaluation mode, on `device`.
         tokenizer: its text tokenizer.
         max_seconds: recordings longer than this are cut at their pauses.
+        ngrams: language -> n-grams of its training texts; a language without any is decoded greedily.
+        beam: prefixes that the search with n-grams keeps; 0 decodes greedily.
         failures: (id, reason) of each input of the last call that could not be read and was skipped.
     """
 
     def __init__(
-        self, model: "MoleModel", tokenizer: Tokenizer, device: str | torch.device = "cpu", max_seconds: float = 20.0
+        self,
+        model: "MoleModel",
+        tokenizer: Tokenizer,
+        device: str | torch.device = "cpu",
+        max_seconds: float = 20.0,
+        ngrams: Mapping[str, TokenNgram] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.max_seconds = max_seconds
+        self.ngrams = ngrams or {}
+        self.beam = BEAM
         self.failures: list[tuple[str, str]] = []
 
     def transcribe(
@@ -157,13 +171,21 @@ class Transcriber:
         output = self.model(audio_BS.to(self.device), lengths_B.to(self.device), languages_B)
         log_probs_BTV, frames = output.log_probs_BTV.float().cpu(), output.lengths_B.tolist()
         probabilities_BN = self.model.language_posterior(output.language_logits_BN).cpu().numpy()
-        token_ids = greedy_ctc(log_probs_BTV, output.lengths_B.cpu())
         for row, (piece, reliability) in enumerate(zip(batch, output.reliability_B.tolist(), strict=True)):
             log_probs_TV = log_probs_BTV[row, : frames[row]]
-            words = align_words(log_probs_TV, token_ids[row], self.tokenizer, self.model.frame_shift_s)
+            language = int(probabilities_BN[row].argmax()) if language_id is None else language_id
+            token_ids = self._decode(log_probs_TV, self.model.languages[language])
+            words = align_words(log_probs_TV, token_ids, self.tokenizer, self.model.frame_shift_s)
             piece.words = [_shift(word, piece.start_s, piece.end_s) for word in words]
             piece.reliability = reliability
             piece.language_probabilities_N = probabilities_BN[row]
+
+    def _decode(self, log_probs_TV: Tensor, language: str) -> list[int]:
+        """Token ids, by beam search where there are n-grams of the language."""
+        ngram = self.ngrams.get(language)
+        if ngram is None or not self.beam:
+            return greedy_ctc(log_probs_TV[None], torch.tensor([len(log_probs_TV)]))[0]
+        return beam_ctc(log_probs_TV.numpy(), ngram, width=self.beam)
 
     def _transcript(self, recording: _Recording, language_id: int | None) -> Transcript:
         """Joins the pieces; language and reliability are means over them, weighted by their seconds."""

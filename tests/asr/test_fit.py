@@ -19,7 +19,8 @@ from mole_asr.asr.checkpoint import load_model
 from mole_asr.asr.fit import fit
 from mole_asr.asr.task import MoleTask, OptimizerConfig
 from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
-from mole_asr.corpus.text_tokenizer import extend_tokenizer, train_tokenizer
+from mole_asr.corpus.text_tokenizer import TextTokenizer, extend_tokenizer, train_tokenizer
+from mole_asr.decode.ngram import NGRAM_FILE, load_ngrams
 from mole_asr.errors import MoleError
 
 from .conftest import SMALL
@@ -360,6 +361,17 @@ def test_logs_and_configuration_are_kept(command: Callable[..., list[str]], tmp_
     assert (tmp_path / "run" / "logs" / "version_0" / "config.yaml").exists()
     assert list((tmp_path / "run" / "tensorboard").rglob("events.*"))
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"last.ckpt"}
+
+
+def test_the_model_folder_knows_the_training_texts(
+    command: Callable[..., list[str]], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    fit(command(trainer__max_epochs=1))
+    tokenizer = TextTokenizer(tokenizer_folder)
+    ngrams = load_ngrams(tmp_path / "run" / "model" / NGRAM_FILE, tokenizer.vocab_size)
+    assert sorted(ngrams) == ["de", "en"]
+    for ngram in ngrams.values():
+        assert ngram.counts_M.sum() > 0
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:

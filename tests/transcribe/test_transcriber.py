@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mole_asr.decode.ngram import TokenNgram
 from mole_asr.errors import MoleError
 from mole_asr.transcribe.transcriber import Transcriber
 
@@ -139,3 +140,15 @@ def test_import_needs_neither_lightning_nor_lhotse() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_ngrams_of_the_language_correct_what_is_heard(transcriber: Transcriber) -> None:
+    # The sound says "ab"; the texts of the language know only "ad" and are believed over everything.
+    transcriber.ngrams = {"en": TokenNgram.count([[2, 5]] * 10**4, vocab_size=10)}
+    assert [t.text for t in transcriber.transcribe([sound(AB)])] == ["ad"]
+    french = [t.text for t in transcriber.transcribe([sound(FRENCH)])]
+    transcriber.ngrams = {}
+    assert [t.text for t in transcriber.transcribe([sound(FRENCH)])] == french, "a language without n-grams"
+    transcriber.ngrams = {"en": TokenNgram.count([[2, 5]] * 10**4, vocab_size=10)}
+    transcriber.beam = 0
+    assert [t.text for t in transcriber.transcribe([sound(AB)])] == ["ab"]

@@ -1,0 +1,93 @@
+"""Token n-grams of the training texts, one model a language: what is likely to be spelled next.
+
+Letters: M distinct n-grams, O order, V vocabulary.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from mole_asr.errors import MoleError
+from mole_asr.files import atomic_path
+
+NGRAM_FILE = "ngrams.safetensors"
+"""In the folder of a model."""
+ORDER = 6
+START = -1  # stands before the first token; the end is the id V
+
+
+class TokenNgram:
+    """An interpolated n-gram model (Witten & Bell, 1991).
+
+    p(w | h) = (count(h w) + kinds(h) p(w | h')) / (count(h) + kinds(h)), where kinds(h) is the number of different
+    tokens seen behind the history h, and h' is h without its oldest token. Below the empty history all are alike.
+
+    Args:
+        vocab_size: V; ids are 0..V-1, and V is the end of the text.
+        ngrams_MO: int32, distinct n-grams of the highest order; texts are padded with `START` in front.
+        counts_M: how often each was seen.
+    """
+
+    def __init__(self, vocab_size: int, ngrams_MO: np.ndarray, counts_M: np.ndarray) -> None:
+        self.vocab_size, self.ngrams_MO, self.counts_M = vocab_size, ngrams_MO, counts_M
+        self.order = ngrams_MO.shape[1]
+        self._counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        for ngram, count in zip(ngrams_MO.tolist(), counts_M.tolist(), strict=True):
+            for length in range(self.order):
+                self._counts[tuple(ngram[self.order - 1 - length : -1])][ngram[-1]] += count
+        self.probabilities = lru_cache(maxsize=100_000)(self._probabilities)
+
+    @classmethod
+    def count(cls, texts: Iterable[Iterable[int]], vocab_size: int, order: int = ORDER) -> "TokenNgram":
+        """Counts the n-grams of token sequences."""
+        found: Counter[tuple[int, ...]] = Counter()
+        for ids in texts:
+            padded = [START] * (order - 1) + [int(i) for i in ids] + [vocab_size]
+            found.update(tuple(padded[i : i + order]) for i in range(len(padded) - order + 1))
+        ngrams_MO = np.array(list(found), np.int32).reshape(-1, order)
+        return cls(vocab_size, ngrams_MO, np.array(list(found.values()), np.int32))
+
+    def log_probs(self, text: Sequence[int]) -> np.ndarray:
+        """Natural logarithms float64[V + 1] of what follows a text so far; the last one is the end."""
+        padded = [START] * (self.order - 1) + list(text[-self.order + 1 :] if self.order > 1 else [])
+        return np.log(self.probabilities(tuple(padded[len(padded) - self.order + 1 :])))
+
+    def _probabilities(self, history: tuple[int, ...]) -> np.ndarray:
+        size = self.vocab_size + 1
+        shorter = self.probabilities(history[1:]) if history else np.full(size, 1 / size)
+        seen = self._counts.get(history)
+        if not seen:
+            return shorter
+        mixed = len(seen) * shorter
+        mixed[list(seen)] += list(seen.values())
+        return mixed / (sum(seen.values()) + len(seen))
+
+
+def save_ngrams(models: dict[str, TokenNgram], path: str | Path) -> None:
+    """Writes the models of some languages as one safetensors file."""
+    tensors = {}
+    for language, model in models.items():
+        tensors[f"{language}.ngrams"] = model.ngrams_MO
+        tensors[f"{language}.counts"] = model.counts_M
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_ngrams(path: str | Path, vocab_size: int) -> dict[str, TokenNgram]:
+    """Reads what `save_ngrams` wrote.
+
+    Raises:
+        MoleError: the file cannot be read.
+    """
+    try:
+        tensors = load_file(path)
+        languages = [name.removesuffix(".ngrams") for name in tensors if name.endswith(".ngrams")]
+        return {
+            name: TokenNgram(vocab_size, tensors[f"{name}.ngrams"], tensors[f"{name}.counts"]) for name in languages
+        }
+    except Exception as error:  # safetensors raises its own kind, a missing key another
+        raise MoleError(f"{path}: not the n-grams of a model ({error}); train the model anew, or delete it") from None
