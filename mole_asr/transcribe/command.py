@@ -54,7 +54,7 @@ def transcribe(
     format: str | Sequence[str] = "txt",
     output: str | None = None,
     batch_seconds: float = 240.0,
-    beam: int = 12,
+    beam: int = 32,
 ) -> TranscribeResult:
     """Transcribes audio files, folders of them, and manifests.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
 from mole_asr.audio.segment import speech_segments
 from mole_asr.decode.alignment import Tokenizer, align_words
-from mole_asr.decode.beam import beam_ctc
+from mole_asr.decode.beam import BEAM, beam_ctc
 from mole_asr.decode.greedy import greedy_ctc
 from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams
 from mole_asr.decode.word import Word
@@ -31,7 +31,6 @@ Input: TypeAlias = Union[str, Path, np.ndarray, "Utterance"]
 
 # Sorting needs a choice of segments; more of them would only delay the first text and take more memory.
 _WINDOW_BATCHES = 4
-BEAM = 12
 # The first window is this part of a full one, so that the first text comes soon; each next one is twice as long.
 _FIRST_WINDOW = 1 / 16
 # What is shorter is padded to this: a few frames are the least that the subsampling and the CTC can take.
