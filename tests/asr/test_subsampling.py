@@ -2,7 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mole_asr.asr.subsampling import FACTOR, Subsampling, valid_mask
+from mole_asr.asr.subsampling import Subsampling, valid_mask
+from mole_asr.audio.features import SUBSAMPLING
 
 
 @given(frames=st.integers(1, 400))
@@ -11,7 +12,7 @@ def test_lengths_are_those_of_the_convolutions(frames: int) -> None:
     module = Subsampling(4, 8)
     x_BTD, lengths_B = module(torch.randn(1, frames, 4), torch.tensor([frames]))
     assert x_BTD.shape == (1, int(lengths_B), 8)
-    assert int(lengths_B) == -(-frames // FACTOR)
+    assert int(lengths_B) == -(-frames // SUBSAMPLING)
 
 
 def test_padding_changes_no_valid_frame() -> None:
