@@ -84,6 +84,8 @@ def test_soundfile_formats(tmp_path: Path, name: str, rate_hz: int, channels: in
     ],
 )
 def test_pyav_formats(tmp_path: Path, name: str, rate_hz: int, codec: str) -> None:
+    if codec not in av.codecs_available:
+        pytest.skip(f"this build of PyAV cannot write {codec}")
     path = tmp_path / name
     write_av(path, melody(rate_hz), rate_hz, codec)
     audio_S = read_audio(path)
