@@ -3,30 +3,41 @@
 Shape letters: N rows, D model width.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from importlib.util import find_spec
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mole_asr.moe.backends import cpu_tiled, reference, segment
-from mole_asr.moe.experts import Experts
+from mole_asr.moe.backends import cpu_tiled, grouped_mm, reference, segment
+from mole_asr.moe.experts import Experts, compute_dtype
 from mole_asr.moe.plan import Layout, RoutingPlan
 
-Backend = Literal["auto", "reference", "cpu_tiled", "segment"]
+Backend = Literal["auto", "reference", "cpu_tiled", "segment", "grouped_mm", "triton"]
 
-_BACKENDS: dict[str, Callable[[Tensor, RoutingPlan, Experts], Tensor]] = {
+_NAMES = get_args(Backend)
+_RUN = {
     "reference": reference.run,
     "cpu_tiled": cpu_tiled.run,
     "segment": segment.run,
+    "grouped_mm": grouped_mm.run,
 }
+_HAS_TRITON = find_spec("triton") is not None
 
 
-def choose_backend(device_type: str, layout: Layout) -> Backend:
-    """The fastest backend that computes such a plan: "segment" by slices, else "cpu_tiled" or "reference"."""
-    if layout == "segment":
-        return "segment"
-    return "cpu_tiled" if device_type == "cpu" else "reference"
+def choose_backend(device_type: str, dtype: torch.dtype, layout: Layout) -> Backend:
+    """The fastest backend that computes such a plan.
+
+    Args:
+        device_type: of the rows.
+        dtype: of the products (autocast's, where it is on).
+        layout: of the plan.
+    """
+    if device_type == "cpu":
+        return "segment" if layout == "segment" else "cpu_tiled"
+    if device_type == "cuda" and dtype != torch.float64 and _HAS_TRITON:
+        return "triton"
+    return "segment" if layout == "segment" else "reference"
 
 
 def dispatch(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend: Backend = "auto") -> Tensor:
@@ -48,13 +59,17 @@ def dispatch(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend: Backend
         ValueError: rows, plan and experts do not fit together, or the backend is unknown or cannot compute the plan.
     """
     _check(x_ND, plan, experts)
+    if backend not in _NAMES:
+        raise ValueError(f"backend must be one of {', '.join(_NAMES)}, not {backend!r}")
     if backend == "auto":
-        backend = choose_backend(x_ND.device.type, plan.layout)
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(_BACKENDS)}, not {backend!r}")
+        backend = choose_backend(x_ND.device.type, compute_dtype(x_ND), plan.layout)
     if backend == "segment" and plan.layout != "segment":
         raise ValueError("the backend 'segment' needs a plan in the layout 'segment'; use 'auto'")
-    return _BACKENDS[backend](x_ND, plan, experts)
+    if backend == "triton":
+        from mole_asr.moe.backends import triton  # late: its import is slow, and it may be missing
+
+        return triton.run(x_ND, plan, experts)
+    return _RUN[backend](x_ND, plan, experts)
 
 
 def _check(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> None:

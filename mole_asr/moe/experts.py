@@ -38,6 +38,14 @@ def feed_forward(x_ND: Tensor, weights: ExpertWeights, activation: Activation) -
     return functional.linear(activate(z_NF, activation), weights.w2_DF, weights.b2_D)
 
 
+def compute_dtype(x_ND: Tensor) -> torch.dtype:
+    """The type the products are computed in: autocast's if it is on (never for float64), else that of x."""
+    device = x_ND.device.type
+    if torch.is_autocast_enabled(device) and x_ND.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x_ND.dtype
+
+
 class Experts(nn.Module):
     """The parameters of E experts, each D -> F -> D, and of one shared expert of the same shape.
 

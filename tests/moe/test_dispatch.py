@@ -302,9 +302,10 @@ def test_neighbouring_segments_of_one_expert_are_one_product() -> None:
 
 
 def test_choose_backend() -> None:
-    assert choose_backend("cpu", "token") == "cpu_tiled"
-    assert choose_backend("cpu", "segment") == "segment"
-    assert choose_backend("cuda", "token") == "reference"
+    assert choose_backend("cpu", torch.float32, "token") == "cpu_tiled"
+    assert choose_backend("cpu", torch.bfloat16, "segment") == "segment"
+    assert choose_backend("cuda", torch.bfloat16, "token") == "triton"
+    assert choose_backend("cuda", torch.float64, "token") == "reference"
 
 
 def test_what_does_not_fit_together_is_refused() -> None:

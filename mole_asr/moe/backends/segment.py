@@ -8,8 +8,8 @@ Shape letters: N rows, K experts a segment, U segments, P pairs of a row and an 
 import torch
 from torch import Tensor
 
-from mole_asr.moe.backends.tiles import Schedule, Tile, compute_dtype, run_tiles, shared_tiles, split, tile_rows
-from mole_asr.moe.experts import Experts
+from mole_asr.moe.backends.tiles import Schedule, Tile, run_tiles, shared_tiles, split, tile_rows
+from mole_asr.moe.experts import Experts, compute_dtype
 from mole_asr.moe.plan import RoutingPlan
 
 

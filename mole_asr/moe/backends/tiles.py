@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from mole_asr.moe.experts import Activation, Experts, ExpertWeights, activate
+from mole_asr.moe.experts import Activation, Experts, ExpertWeights, activate, compute_dtype
 from mole_asr.moe.plan import RoutingPlan
 
 SHARED = -1
@@ -59,14 +59,6 @@ def shared_tiles(num_rows: int, first_pair: int, limit: int) -> list[Tile]:
         Tile(SHARED, slice(start, end), slice(first_pair + start, first_pair + end))
         for start, end in split(0, num_rows, limit)
     ]
-
-
-def compute_dtype(x_ND: Tensor) -> torch.dtype:
-    """The type the products are computed in: autocast's if it is on (never for float64), else that of x."""
-    device = x_ND.device.type
-    if torch.is_autocast_enabled(device) and x_ND.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x_ND.dtype
 
 
 def run_tiles(x_ND: Tensor, plan: RoutingPlan, experts: Experts, schedule: Schedule) -> Tensor:
