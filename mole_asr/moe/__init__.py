@@ -7,14 +7,37 @@ from mole_asr.moe.dispatch import choose_backend, dispatch
 from mole_asr.moe.experts import Experts
 from mole_asr.moe.layer import MoELayer
 from mole_asr.moe.plan import RoutingPlan
-from mole_asr.moe.routers import LanguageRouter, Router, RoutingContext, TopKRouter
+from mole_asr.moe.routers import (
+    AdaptiveRouter,
+    CentroidRouter,
+    ExpertChoiceRouter,
+    ForcedLabelRouter,
+    LanguageGroupRouter,
+    LanguageRouter,
+    MLPRouter,
+    NoisyTopKRouter,
+    OracleRouter,
+    PseudoLabelRouter,
+    Router,
+    RoutingContext,
+    TopKRouter,
+)
 from mole_asr.moe.rows import PackedRows
 
 __all__ = [
+    "AdaptiveRouter",
+    "CentroidRouter",
+    "ExpertChoiceRouter",
     "Experts",
+    "ForcedLabelRouter",
+    "LanguageGroupRouter",
     "LanguageRouter",
+    "MLPRouter",
     "MoELayer",
+    "NoisyTopKRouter",
+    "OracleRouter",
     "PackedRows",
+    "PseudoLabelRouter",
     "Router",
     "RoutingContext",
     "RoutingPlan",

@@ -58,6 +58,8 @@ class Experts(nn.Module):
         activation: "relu", "silu", "gelu" or "swiglu".
         bias: whether both products add a bias.
         shared: whether there is a shared expert.
+        output_bias: False leaves out the second bias of the E experts alone: slices of one dense layer share one bias,
+            which their layer adds.
 
     Raises:
         ValueError: a size below one or an unknown activation.
@@ -71,6 +73,7 @@ class Experts(nn.Module):
         activation: Activation = "silu",
         bias: bool = True,
         shared: bool = False,
+        output_bias: bool = True,
     ) -> None:
         super().__init__()
         if activation not in get_args(Activation):
@@ -84,7 +87,7 @@ class Experts(nn.Module):
         self.w1_EFD = nn.Parameter(torch.empty(num_experts, up, d_model))
         self.b1_EF = nn.Parameter(torch.empty(num_experts, up)) if bias else None
         self.w2_EDF = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
-        self.b2_ED = nn.Parameter(torch.empty(num_experts, d_model)) if bias else None
+        self.b2_ED = nn.Parameter(torch.empty(num_experts, d_model)) if bias and output_bias else None
         self.shared_w1_FD = nn.Parameter(torch.empty(up, d_model)) if shared else None
         self.shared_b1_F = nn.Parameter(torch.empty(up)) if shared and bias else None
         self.shared_w2_DF = nn.Parameter(torch.empty(d_model, d_ff)) if shared else None

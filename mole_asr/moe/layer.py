@@ -3,6 +3,7 @@
 Shape letters: B utterances, T frames, N valid rows, D model width.
 """
 
+import torch
 from torch import Tensor, nn
 
 from mole_asr.moe.dispatch import Backend, dispatch
@@ -19,12 +20,14 @@ class MoELayer(nn.Module):
         d_model: D.
         d_ff: width of each expert.
         num_experts: E, without the shared expert.
-        router: makes the plan of each forward; None where every forward is given a plan, as with one language router
-            for all layers.
+        router: makes the plan of each forward; layers may share one (see `Router`). None where every forward is given a
+            plan, as with one language router for all layers.
         activation: "relu", "silu", "gelu" or "swiglu".
         bias: whether the experts have biases.
         shared_expert: whether there is a shared expert that sees every row.
         backend: "auto", or a fixed backend of `dispatch`.
+        slices: whether the experts are slices of one dense FFN: then no expert has an output bias, and the layer adds
+            the one of the dense FFN to every valid row, whatever was chosen.
     """
 
     def __init__(
@@ -37,10 +40,12 @@ class MoELayer(nn.Module):
         bias: bool = True,
         shared_expert: bool = False,
         backend: Backend = "auto",
+        slices: bool = False,
     ) -> None:
         super().__init__()
         self.router = router
-        self.experts = Experts(num_experts, d_model, d_ff, activation, bias, shared=shared_expert)
+        self.experts = Experts(num_experts, d_model, d_ff, activation, bias, shared_expert, output_bias=not slices)
+        self.bias_D = nn.Parameter(torch.zeros(d_model)) if slices and bias else None
         self.backend = backend
 
     def forward(
@@ -76,4 +81,6 @@ class MoELayer(nn.Module):
                 raise ValueError("MoELayer without a router needs a plan")
             plan = self.router(x_ND, context)
         y_ND = dispatch(x_ND, plan, self.experts, self.backend)
+        if self.bias_D is not None:
+            y_ND = y_ND + self.bias_D.to(y_ND.dtype)
         return rows.unpack(y_ND), plan

@@ -1,0 +1,189 @@
+"""One language expert and the agnostic one, mixed by reliability: the router of MoLE.
+
+Shape letters: B utterances, T frames, N languages where logits are meant (BN, BTN) and else rows (ND), U units
+(utterances or valid frames), E experts.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mole_asr.moe.plan import RoutingPlan
+from mole_asr.moe.routers.base import Router, Routing, RoutingContext
+from mole_asr.moe.routers.families import Families
+
+Reliability = Literal["max_posterior", "entropy", "sigmoid", "gumbel", "one", "zero"]
+
+
+class LanguageRouter(Router):
+    """One language expert, chosen by a language tokenizer, and the agnostic expert, mixed by reliability.
+
+    MoLE's published text says that a light language tokenizer activates one language-specific expert, estimates how
+    reliable that is, and that the expert and a language-agnostic one are aggregated by this reliability. The formulas
+    here are our interpretation of it: with logits z, p = softmax(z / temperature), l = argmax p, and
+    y = r * expert_l(x) + (1 - r) * shared(x). Although the argmax is hard, r carries the recognition loss's gradient
+    to the logits. The reliability r of the routed language l is one of
+
+    - "max_posterior": r = p[l];
+    - "entropy": r = 1 - H(p) / log N;
+    - "sigmoid": r = sigmoid of a logit of its own, to be trained with `losses.reliability_loss`;
+    - "gumbel": l is drawn with Gumbel noise in training; r = p[l], times a straight-through weight that is 1 in the
+      forward and has the gradient of the soft sample;
+    - "one", "zero": ablations, only the language expert or only the agnostic one, without computing the other.
+
+    The routed language is the predicted one, the true one, or ("scheduled", in training only) the true one for a
+    random share of the utterances. Where the true language is unknown, the prediction is taken.
+
+    With `families`, several languages share an expert (Post-MoE, arXiv 2410.10626): the posterior of a family is the
+    sum of its languages' posteriors, and l and N above are of families. Labels stay labels of languages.
+
+    The rows are not looked at, so one plan serves all layers: call it once, `router(None, context)`.
+
+    Plan: layout "segment" for logits [B, N], else "token". aux: "logits" [U, N] and "probabilities" [U, E] (float32,
+    without padding), "reliability" [U], "predicted" int64 [U], the expert chosen where labels and noise are ignored.
+
+    Args:
+        num_languages: N.
+        reliability: see above.
+        temperature: of the softmax, positive.
+        routing: "predicted", "true" or "scheduled".
+        families: for each language its expert; None where language n has expert n.
+
+    Raises:
+        ValueError: an unknown name, a temperature that is not positive, or families that do not fit.
+    """
+
+    def __init__(
+        self,
+        num_languages: int,
+        reliability: Reliability = "max_posterior",
+        temperature: float = 1.0,
+        routing: Routing = "predicted",
+        families: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if reliability not in get_args(Reliability):
+            raise ValueError(f"reliability must be one of {', '.join(get_args(Reliability))}, not {reliability!r}")
+        check_routing(routing)
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, not {temperature}")
+        if families is not None and len(families) != num_languages:
+            raise ValueError(f"families must name the expert of each of {num_languages} languages, not {len(families)}")
+        self.num_languages, self.temperature = num_languages, temperature
+        self.families = None if families is None else Families(families)
+        self.num_experts = num_languages if self.families is None else self.families.num_families
+        self.reliability: Reliability = reliability
+        self.routing: Routing = routing
+
+    def forward(self, x_ND: Tensor | None, context: RoutingContext | None = None) -> RoutingPlan:
+        """Make the plan of a batch; `x_ND` is not looked at.
+
+        Raises:
+            ValueError: the context lacks what this router needs, or its shapes do not fit.
+        """
+        logits_UN = language_logits_of(self, context, self.num_languages)
+        assert context is not None
+        scaled_UE = logits_UN / self.temperature
+        scaled_UE = scaled_UE if self.families is None else self.families.logits(scaled_UE)
+        p_UE = scaled_UE.softmax(-1)
+        predicted_U = p_UE.argmax(-1)
+        noisy_UE = self._gumbel_sample(scaled_UE, context.generator)
+        drawn_U = predicted_U if noisy_UE is None else noisy_UE.argmax(-1)
+        expert_U = routed_language(drawn_U, context, self.routing, self.training, self.families)
+        r_U = self._reliability(p_UE, expert_U, noisy_UE, context)
+        aux = {"logits": logits_UN, "probabilities": p_UE, "reliability": r_U, "predicted": predicted_U}
+        return self._plan(expert_U, r_U, context, aux)
+
+    def _gumbel_sample(self, scaled_UE: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """A soft sample of the language in training with the reliability "gumbel", else None."""
+        if self.reliability != "gumbel" or not self.training:
+            return None
+        uniform_UE = torch.rand(scaled_UE.shape, generator=generator, device=scaled_UE.device)
+        noise_UE = -torch.log(-torch.log(uniform_UE.clamp(1e-9, 1 - 1e-7)))
+        return (scaled_UE + noise_UE).softmax(-1)
+
+    def _reliability(self, p_UE: Tensor, expert_U: Tensor, noisy_UE: Tensor | None, context: RoutingContext) -> Tensor:
+        if self.reliability in ("one", "zero"):
+            return p_UE.new_full(expert_U.shape, float(self.reliability == "one"))
+        if self.reliability == "sigmoid":
+            if context.reliability_logits is None:
+                raise ValueError("the reliability 'sigmoid' needs reliability_logits in the context")
+            return units_of(context, context.reliability_logits, "reliability_logits").to(p_UE.dtype).sigmoid()
+        if self.reliability == "entropy" and self.num_experts > 1:
+            # A probability of zero has no entropy, but it must not have an infinite gradient either.
+            entropy_U = -(p_UE * p_UE.clamp(min=torch.finfo(p_UE.dtype).tiny).log()).sum(-1)
+            return 1 - entropy_U / math.log(self.num_experts)
+        r_U = p_UE.gather(-1, expert_U[:, None]).squeeze(-1)
+        if noisy_UE is None:
+            return r_U
+        soft_U = noisy_UE.gather(-1, expert_U[:, None]).squeeze(-1)
+        return r_U * (1 + soft_U - soft_U.detach())
+
+    def _plan(self, expert_U: Tensor, r_U: Tensor, context: RoutingContext, aux: dict[str, Tensor]) -> RoutingPlan:
+        only_shared, only_language = self.reliability == "zero", self.reliability == "one"
+        ids_U = torch.full_like(expert_U, self.num_experts) if only_shared else expert_U
+        return RoutingPlan(
+            expert_ids=ids_U.int()[:, None],
+            gates=r_U[:, None],
+            num_experts=self.num_experts,
+            layout="token" if context.by_frame else "segment",
+            segments=None if context.by_frame else context.rows.segments_B1,
+            shared_gates=None if only_language else 1 - r_U,
+            aux=aux,
+        )
+
+
+def check_routing(routing: str) -> None:
+    """Refuse an unknown routing."""
+    if routing not in get_args(Routing):
+        raise ValueError(f"routing must be one of {', '.join(get_args(Routing))}, not {routing!r}")
+
+
+def units_of(context: RoutingContext, values: Tensor, name: str) -> Tensor:
+    """The values [B, ...] of each utterance as they are, or of the valid frames of [B, T, ...]."""
+    if values.shape[0] != context.rows.lengths_B.numel():
+        raise ValueError(f"{name} must have {context.rows.lengths_B.numel()} utterances, not {values.shape[0]}")
+    return context.rows.pack(values) if context.by_frame else values
+
+
+def language_logits_of(router: Router, context: RoutingContext | None, num_languages: int) -> Tensor:
+    """The language logits [U, N] of each utterance or valid frame, in float32 or float64.
+
+    Raises:
+        ValueError: the context has none, or they do not fit.
+    """
+    if context is None or context.language_logits is None:
+        raise ValueError(f"{type(router).__name__} needs a context with language_logits")
+    logits_UN = units_of(context, context.language_logits, "language_logits")
+    if logits_UN.shape[-1] != num_languages:
+        raise ValueError(f"language_logits must be for {num_languages} languages, not {logits_UN.shape[-1]}")
+    return logits_UN.to(torch.promote_types(logits_UN.dtype, torch.float32))
+
+
+def routed_language(
+    predicted_U: Tensor, context: RoutingContext, routing: Routing, training: bool, families: Families | None = None
+) -> Tensor:
+    """The language (or family) that each unit is routed by: the predicted one, or where it is known the true one.
+
+    Args:
+        predicted_U: what to take where the true language is not used.
+        context: with the true languages; its own routing replaces the router's.
+        routing: of the router.
+        training: whether the router is in training; "scheduled" is "predicted" where it is not.
+        families: turns a true language into its family.
+    """
+    routing = context.routing or routing
+    if routing == "scheduled" and not training:
+        routing = "predicted"
+    if routing == "predicted" or context.languages_B is None:
+        return predicted_U
+    labels_B = context.languages_B.to(predicted_U.device).long()
+    labels_B = labels_B if families is None else families.of(labels_B)
+    if routing == "scheduled":
+        chance_B = torch.rand(labels_B.shape, generator=context.generator, device=labels_B.device)
+        labels_B = labels_B.where(chance_B < context.true_probability, -1)
+    labels_U = labels_B[context.rows.utterance_of_row] if context.by_frame else labels_B
+    return labels_U.where(labels_U >= 0, predicted_U)
