@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 def save_model(model: MoleModel, tokenizer: TextTokenizer, folder: str | Path) -> None:
-    """Writes the four files; the weights come last, so a folder that has them is whole."""
+    """Writes the four files; the weights come last, so a folder that has none is not whole."""
     folder = Path(folder)
     config = {"format": FORMAT, "vocab_size": model.vocab_size, "encoder": asdict(model.config)}
     tokenizer.save(folder)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mole_asr.asr.depthwise import depthwise_convolution
-from mole_asr.asr.subsampling import valid_mask
+from mole_asr.audio.features import valid_mask
 from mole_asr.moe.layer import MoELayer
 from mole_asr.moe.plan import RoutingPlan
 from mole_asr.moe.rows import PackedRows

@@ -29,7 +29,7 @@ class _ShiftedProducts(torch.autograd.Function):
         padded_BTD, weight_KD = ctx.saved_tensors
         T = gradient_BTD.shape[1]
         taps = [padded_BTD[:, k : k + T] for k in range(weight_KD.shape[0])]
-        weight_gradient_KD = torch.stack([(tap_BTD * gradient_BTD).sum((0, 1)) for tap_BTD in taps])
+        weight_gradient_KD = torch.stack([torch.linalg.vecdot(tap, gradient_BTD, dim=1).sum(0) for tap in taps])
         # The gradient of a correlation is the correlation with the reversed kernel.
         return _ShiftedProducts.apply(gradient_BTD, weight_KD.flip(0)), weight_gradient_KD
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mole_asr.asr.subsampling import windows
+
 
 @dataclass(frozen=True)
 class LanguageEvidence:
@@ -44,15 +46,14 @@ class LanguageTokenizer(nn.Module):
     def __init__(self, d_model: int, num_languages: int, reliability: bool = False, hidden: int = 96) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
-        self.convolution = nn.Conv1d(d_model, hidden, kernel_size=5, padding=2)
+        self.convolution = nn.Linear(5 * d_model, hidden)
         self.languages = nn.Linear(hidden, num_languages)
         self.reliability = nn.Linear(hidden, 1) if reliability else None
 
     def forward(self, x_BTD: Tensor, lengths_B: Tensor, valid_BT: Tensor) -> LanguageEvidence:
         """Listens to frames; padding is not heard."""
         valid_BT1 = valid_BT[:, :, None]
-        hidden_BHT = self.convolution((self.norm(x_BTD) * valid_BT1).transpose(1, 2))
-        hidden_BTH = functional.silu(hidden_BHT).transpose(1, 2)
+        hidden_BTH = functional.silu(self.convolution(windows(self.norm(x_BTD) * valid_BT1, size=5)))
         evidence_BTN = self.languages(hidden_BTH).float() * valid_BT1
         logits_BN = evidence_BTN.sum(1) / lengths_B[:, None]
         if self.reliability is None:

@@ -5,7 +5,6 @@ Letters: B batch, S samples, T frames, F mel bins, D model width, V vocabulary, 
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from mole_asr.asr.conformer import ConformerBlock, Frames
@@ -94,8 +93,6 @@ class ModelOutput:
         evidence: of the language tokenizer.
         plan: of the MoLE blocks.
         reliability_B: float32 r of each utterance (mean over its frames where routing is frame-wise).
-        expert_B: int64, the language expert of each utterance (the most frequent one where routing is frame-wise); the
-            number of languages where none is taken, with the reliability "zero".
         frames: the padded batch's description.
     """
 
@@ -104,7 +101,6 @@ class ModelOutput:
     evidence: LanguageEvidence
     plan: RoutingPlan
     reliability_B: Tensor
-    expert_B: Tensor
     frames: Frames
     intermediate_log_probs_BTV: list[Tensor] = field(default_factory=list)
 
@@ -162,7 +158,7 @@ class MoleModel(nn.Module):
         self.condition = nn.Linear(vocab_size, D) if config.intermediate_ctc_blocks else None
 
     def language_posterior(self, logits: Tensor) -> Tensor:
-        """P = softmax(z / temperature) over the last dimension, as the router takes it; float32."""
+        """softmax(z / temperature) over the last dimension, as the router takes it; float32."""
         return (logits.float() / self.config.temperature).softmax(-1)
 
     def forward(
@@ -211,27 +207,20 @@ class MoleModel(nn.Module):
                 x_BTD = x_BTD + self.condition(log_probs_BTV.exp())
         if plan is None:
             evidence, plan = route(x_BTD)
-        reliability_B, expert_B = _by_utterance(plan, frames)
         return ModelOutput(
             log_probs_BTV=self.ctc(x_BTD),
             lengths_B=lengths_B,
             evidence=evidence,
             plan=plan,
-            reliability_B=reliability_B,
-            expert_B=expert_B,
+            reliability_B=_by_utterance(plan.aux["reliability"].float(), plan, frames),
             frames=frames,
             intermediate_log_probs_BTV=intermediate_log_probs_BTV,
         )
 
 
-def _by_utterance(plan: RoutingPlan, frames: Frames) -> tuple[Tensor, Tensor]:
-    """Reliability and expert of each utterance, float32 [B] and int64 [B]."""
-    reliability_U, expert_U = plan.aux["reliability"].float(), plan.expert_ids[:, 0].long()
+def _by_utterance(values_U: Tensor, plan: RoutingPlan, frames: Frames) -> Tensor:
+    """The value [B] of each utterance; the mean over its frames where routing is frame-wise."""
     if plan.layout == "segment":
-        return reliability_U, expert_U
-    rows, B = frames.rows, len(frames.lengths_B)
-    utterance_U = rows.utterance_of_row
-    sums_B = reliability_U.new_zeros(B).index_add(0, utterance_U, reliability_U)
-    votes_BE = torch.zeros(B, plan.num_experts + 1, device=expert_U.device)
-    votes_BE.index_put_((utterance_U, expert_U), torch.ones_like(reliability_U.detach()), accumulate=True)
-    return sums_B / frames.lengths_B.clamp(min=1), votes_BE.argmax(1)
+        return values_U
+    sums_B = values_U.new_zeros(len(frames.lengths_B)).index_add(0, frames.rows.utterance_of_row, values_U)
+    return sums_B / frames.lengths_B.clamp(min=1)

@@ -11,29 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Quintic iteration whose slope at 0 is steep: it brings singular values near 1 in five steps (Jordan et al., 2024).
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Three odd quintics (a, b, c): each the best one, after those before it, to bring values of 0.015 to 1 near 1 (Polar
+# Express, Amsel et al., 2025); nine tenths of the singular values met in training lie there. They come as near to 1 as
+# after five steps of the usual polynomial (Jordan et al., 2024).
+NEWTON_SCHULZ = ((7.8977, -22.8490, 16.8330), (3.4068, -2.5541, 0.5175), (2.3830, -1.7419, 0.4267))
 
 
-def orthogonalize(matrices_NXY: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices_NXY: Tensor) -> Tensor:
     """Replaces each matrix U S V^T of a stack by about U V^T, with a Newton-Schulz iteration in bfloat16.
 
     Args:
         matrices_NXY: any floating type.
-        steps: of the iteration.
 
     Returns:
-        bfloat16 of the same shape, singular values within about 0.7 to 1.2.
+        bfloat16 of the same shape; singular values within about 0.8 to 1.2 where they were not tiny beside the largest.
     """
-    a, b, c = NEWTON_SCHULZ
-    x = matrices_NXY / (torch.linalg.matrix_norm(matrices_NXY, keepdim=True) + 1e-7)
-    x = x.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
+    tall = matrices_NXY.shape[-2] > matrices_NXY.shape[-1]
+    x = (matrices_NXY / (torch.linalg.matrix_norm(matrices_NXY, keepdim=True) + 1e-7)).bfloat16()
     if tall:
         x = x.mT
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    gram = x @ x.mT
+    # The fourth root of the sum of S^4 bounds the largest singular value more tightly than the root of that of S^2
+    # does; less shrunken values need fewer steps.
+    norm_N11 = torch.linalg.matrix_norm(gram, keepdim=True).sqrt() + 1e-7
+    gram = gram / norm_N11.square()
+    for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
+        gram = gram if step == 0 else x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = (polynomial if step else polynomial / norm_N11) @ x
     return x.mT if tall else x
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mole_asr.audio.features import valid_mask
 from mole_asr.audio.read import resample
 from mole_asr.errors import MoleError
 
@@ -165,12 +166,12 @@ class SpecAugment(nn.Module):
         times_2BM, frequencies_2BM = random_4BM[:2, :, : self.max_time_masks], random_4BM[2:, :, self.max_time_masks :]
 
         counts_B = (lengths_B * self.time_masks_per_frame).floor()
-        active_BM = torch.arange(self.max_time_masks, device=lengths_B.device) < counts_B[:, None]
+        active_BM = valid_mask(counts_B, self.max_time_masks)
         time_BT = _spans(times_2BM, lengths_B[:, None] * self.max_time_share * active_BM, lengths_B[:, None], T)
         widest_BM = torch.full_like(frequencies_2BM[0], min(self.max_frequency_bins, F))
         frequency_BF = _spans(frequencies_2BM, widest_BM, torch.full_like(lengths_B, F)[:, None], F)
 
-        valid_BT1 = (torch.arange(T, device=lengths_B.device) < lengths_B[:, None])[:, :, None]
+        valid_BT1 = valid_mask(lengths_B, T)[:, :, None]
         mean_B11 = (features_BTF * valid_BT1).sum((1, 2), keepdim=True) / (lengths_B[:, None, None] * F).clamp(min=1)
         mask_BTF = (time_BT[:, :, None] | frequency_BF[:, None, :]) & valid_BT1
         return torch.where(mask_BTF, mean_B11.to(features_BTF.dtype), features_BTF)

@@ -17,6 +17,11 @@ WINDOW_S = 0.025
 POWER_FLOOR = 1e-6
 
 
+def valid_mask(lengths_B: Tensor, size: int) -> Tensor:
+    """bool[B, size]: True where a frame belongs to the utterance."""
+    return torch.arange(size, device=lengths_B.device) < lengths_B[:, None]
+
+
 class LogMel(nn.Module):
     """Log-mel energies, normalised to mean 0 (each band) and variance 1 (all bands) over each utterance.
 
@@ -62,11 +67,11 @@ class LogMel(nn.Module):
                 pad_mode="constant",
                 return_complex=True,
             )
-            # Squares of both parts: torchaudio's spectrogram takes the absolute value first, three times slower.
-            power_BTC = torch.view_as_real(spectrum_BCT).square().sum(-1).transpose(1, 2)
+            # Written out: torchaudio's spectrogram takes the absolute value first, three times slower.
+            power_BTC = (spectrum_BCT.real.square() + spectrum_BCT.imag.square()).transpose(1, 2)
             log_BTF = (power_BTC @ self.fbanks_CF).clamp(min=POWER_FLOOR).log()
             frames_B = lengths_B // self.hop + 1
-            valid_BT1 = (torch.arange(log_BTF.shape[1], device=lengths_B.device) < frames_B[:, None])[:, :, None]
+            valid_BT1 = valid_mask(frames_B, log_BTF.shape[1])[:, :, None]
             count_B11 = frames_B[:, None, None]
             centred_BTF = (log_BTF - (log_BTF * valid_BT1).sum(1, keepdim=True) / count_B11) * valid_BT1
             variance_B11 = centred_BTF.square().sum((1, 2), keepdim=True) / (count_B11 * log_BTF.shape[2])

@@ -5,7 +5,7 @@ Letters: M distinct n-grams, O order, V vocabulary.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +35,6 @@ class TokenNgram:
     def __init__(self, vocab_size: int, ngrams_MO: np.ndarray, counts_M: np.ndarray) -> None:
         self.vocab_size, self.ngrams_MO, self.counts_M = vocab_size, ngrams_MO, counts_M
         self.order = ngrams_MO.shape[1]
-        self._counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
-        for ngram, count in zip(ngrams_MO.tolist(), counts_M.tolist(), strict=True):
-            for length in range(self.order):
-                self._counts[tuple(ngram[self.order - 1 - length : -1])][ngram[-1]] += count
         self.probabilities = lru_cache(maxsize=100_000)(self._probabilities)
 
     @classmethod
@@ -50,6 +46,15 @@ class TokenNgram:
             found.update(tuple(padded[i : i + order]) for i in range(len(padded) - order + 1))
         ngrams_MO = np.array(list(found), np.int32).reshape(-1, order)
         return cls(vocab_size, ngrams_MO, np.array(list(found.values()), np.int32))
+
+    @cached_property
+    def _counts(self) -> dict[tuple[int, ...], Counter[int]]:
+        """What was seen behind each history of up to O - 1 tokens; worked out when a language is first decoded."""
+        counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        for ngram, count in zip(self.ngrams_MO.tolist(), self.counts_M.tolist(), strict=True):
+            for length in range(self.order):
+                counts[tuple(ngram[self.order - 1 - length : -1])][ngram[-1]] += count
+        return counts
 
     def log_probs(self, text: Sequence[int]) -> np.ndarray:
         """Natural logarithms float64[V + 1] of what follows a text so far; the last one is the end."""

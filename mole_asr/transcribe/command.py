@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mole_asr.decode.beam import BEAM
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
 from mole_asr.transcribe.transcript import Transcript
@@ -54,7 +55,7 @@ def transcribe(
     format: str | Sequence[str] = "txt",
     output: str | None = None,
     batch_seconds: float = 240.0,
-    beam: int = 32,
+    beam: int = BEAM,
 ) -> TranscribeResult:
     """Transcribes audio files, folders of them, and manifests.
 

@@ -10,7 +10,7 @@ from mole_asr.asr.conformer import (
     UtteranceDropout,
     attention_bias,
 )
-from mole_asr.asr.subsampling import valid_mask
+from mole_asr.audio.features import valid_mask
 from mole_asr.moe.plan import RoutingPlan
 
 D, HEADS = 8, 2

@@ -234,7 +234,7 @@ def test_a_resumed_run_must_have_the_same_sizes_and_no_fewer_epochs(command: Cal
         ({"model__encoder__reliability": "guess"}, ["model.encoder.reliability", "guess", "max_posterior"]),
         ({"model__encoder__kernel_size": 4}, ["model.encoder.kernel_size: 4 must be odd"]),
         ({"data__temperature": 0.5}, ["temperature: 0.5 is below 1"]),
-        ({"data__batch_seconds": 1}, ["batch_seconds: 1 is below max_seconds"]),
+        ({"data__batch_seconds": 0}, ["batch_seconds: 0 must be positive"]),
         ({"data__train_manifest": "nowhere.jsonl"}, ["nowhere.jsonl"]),
         ({"data__tokenizer": "nowhere"}, ["nowhere"]),
         ({"model__init_from": "nowhere"}, ["nowhere/config.json"]),

@@ -1,7 +1,7 @@
 import torch
 
 from mole_asr.asr.language_tokenizer import LanguageTokenizer
-from mole_asr.asr.subsampling import valid_mask
+from mole_asr.audio.features import valid_mask
 
 
 def heard(x_BTD: torch.Tensor, lengths_B: torch.Tensor):

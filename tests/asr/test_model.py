@@ -42,7 +42,9 @@ def test_an_utterance_is_recognised_alone_as_in_company(
                 (alone.language_evidence_BTN[0], together.language_evidence_BTN[b, :frames]),
             ]:
                 torch.testing.assert_close(one, many, atol=1e-4, rtol=0)
-            assert int(alone.expert_B) == int(together.expert_B[b])
+            first = 0 if unit == "utterance" else int(together.lengths_B[:b].sum())
+            units = slice(b, b + 1) if unit == "utterance" else slice(first, first + frames)
+            assert torch.equal(alone.plan.expert_ids, together.plan.expert_ids[units])
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -94,15 +96,15 @@ def test_output_shapes_and_types(make_model: Callable[..., MoleModel], batch: Ba
     assert output.language_logits_BN.shape == (4, len(LANGUAGES))
     assert ((output.reliability_B >= 0) & (output.reliability_B <= 1)).all()
     assert model.frame_shift_s == pytest.approx(0.04)
-    assert (output.expert_B == output.language_logits_BN.argmax(1)).all()
+    assert (output.plan.expert_ids[:, 0] == output.language_logits_BN.argmax(1)).all()
 
 
 def test_a_given_language_is_taken_in_evaluation(make_model: Callable[..., MoleModel], batch: Batch) -> None:
     model = make_model().eval()
     heard = run(model, batch)
-    others_B = (heard.expert_B + 1) % len(LANGUAGES)
+    others_B = (heard.plan.expert_ids[:, 0].long() + 1) % len(LANGUAGES)
     told = model(batch.audio_BS, batch.audio_lengths_B, others_B)
-    assert told.expert_B.tolist() == others_B.tolist()
+    assert told.plan.expert_ids[:, 0].tolist() == others_B.tolist()
     posterior_BN = heard.language_logits_BN.softmax(1)
     torch.testing.assert_close(told.reliability_B, posterior_BN.gather(1, others_B[:, None])[:, 0])
     assert not torch.allclose(told.log_probs_BTV, heard.log_probs_BTV, atol=1e-4)

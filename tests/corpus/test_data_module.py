@@ -172,7 +172,7 @@ def test_nothing_left_is_one_line_with_the_reasons(tokenizer: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"temperature": 0.5}, "temperature: 0.5"), ({"batch_seconds": 1.0}, "batch_seconds: 1 is below max_seconds 2")],
+    [({"temperature": 0.5}, "temperature: 0.5"), ({"batch_seconds": 0.0}, "batch_seconds: 0 must be positive")],
 )
 def test_bad_settings_are_named(corpus: Path, tokenizer: str, settings: dict[str, float], message: str) -> None:
     with pytest.raises(MoleError, match=message):

@@ -1,6 +1,6 @@
 import pytest
 
-from mole_asr.corpus.languages import check_language, is_known_language, language_name
+from mole_asr.corpus.languages import check_language, is_known_language
 from mole_asr.errors import MoleError
 
 
@@ -13,12 +13,6 @@ def test_well_formed_codes_pass(code: str) -> None:
 def test_malformed_code_is_named(code: str) -> None:
     with pytest.raises(MoleError, match="no language code"):
         check_language(code)
-
-
-def test_names() -> None:
-    assert language_name("ru") == "Russian"
-    assert language_name("pt-BR") == "Portuguese"
-    assert language_name("qqq") == "qqq"
 
 
 def test_a_folder_name_is_not_taken_for_a_language() -> None:
