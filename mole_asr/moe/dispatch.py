@@ -61,6 +61,10 @@ def dispatch(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend: Backend
     _check(x_ND, plan, experts)
     if backend not in _NAMES:
         raise ValueError(f"backend must be one of {', '.join(_NAMES)}, not {backend!r}")
+    if hasattr(experts.w1_EFD, "device_mesh"):  # spread over ranks
+        from mole_asr.moe.parallel import dispatch_parallel  # late: its import is slow
+
+        return dispatch_parallel(x_ND, plan, experts, backend)
     if backend == "auto":
         backend = choose_backend(x_ND.device.type, compute_dtype(x_ND), plan.layout)
     if backend == "segment" and plan.layout != "segment":
