@@ -19,13 +19,19 @@ def expert_counts(expert_ids: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add(0, flat, torch.ones_like(flat, dtype=counts.dtype))[:num_experts]
 
 
-def load_balance_loss(plan: RoutingPlan) -> Tensor:
+def load_balance_loss(plan: RoutingPlan, one_expert_only: bool = False) -> Tensor:
     """E * sum over e of (share of slots that chose e) * (mean probability of e): 1 when even (Switch Transformer).
 
-    Needs `plan.aux["probabilities"]` [U, E]; zero for a plan without units.
+    Args:
+        plan: with `aux["probabilities"]` [U, E]; the loss is zero for a plan without units.
+        one_expert_only: the share is that among the units with exactly one expert, the mean probability still that of
+            all units (adaptive gating, arXiv 2310.07188); zero where no unit has exactly one.
     """
-    p_UE = plan.aux["probabilities"]
-    counts_E = expert_counts(plan.expert_ids, plan.num_experts).to(p_UE.dtype)
+    p_UE, ids_UK = plan.aux["probabilities"], plan.expert_ids
+    if one_expert_only:
+        alone_U1 = (ids_UK < plan.num_experts).sum(-1, keepdim=True) == 1
+        ids_UK = ids_UK.where(alone_U1, plan.num_experts)
+    counts_E = expert_counts(ids_UK, plan.num_experts).to(p_UE.dtype)
     share_E = counts_E / counts_E.sum().clamp(min=1)
     return plan.num_experts * (share_E * p_UE.sum(0)).sum() / max(plan.num_units, 1)
 
@@ -43,6 +49,23 @@ def importance_loss(plan: RoutingPlan) -> Tensor:
     return cv_squared(importance_E[: plan.num_experts])
 
 
+def load_loss(plan: RoutingPlan) -> Tensor:
+    """CV^2 of the experts' load, the number of units that chose each (Shazeer et al., 2017, appendix A).
+
+    Where the router added noise (`aux["noisy_logits"]`, `aux["noise_std"]`), the smooth estimate: each unit counts with
+    the probability that the expert were chosen if its noise were drawn anew and that of the others kept. Without
+    noise, the plain count, which has no gradient.
+    """
+    if "noise_std" not in plan.aux or plan.top_k == plan.num_experts:
+        return cv_squared(expert_counts(plan.expert_ids, plan.num_experts))
+    noisy_UE, std_UE = plan.aux["noisy_logits"], plan.aux["noise_std"]
+    last_U1, next_U1 = noisy_UE.topk(plan.top_k + 1, dim=-1).values[:, -2:].split(1, dim=-1)
+    # An expert is chosen where it beats the k-th of the others: for a chosen one that is the first left out.
+    to_beat_UE = next_U1.where(noisy_UE > next_U1, last_U1)
+    chosen_UE = torch.special.ndtr((plan.aux["logits"] - to_beat_UE) / std_UE.clamp(min=1e-6))
+    return cv_squared(chosen_UE.sum(0))
+
+
 def router_z_loss(plan: RoutingPlan) -> Tensor:
     """Mean of squared logsumexp of the router's logits, which keeps them small (ST-MoE).
 
@@ -50,6 +73,31 @@ def router_z_loss(plan: RoutingPlan) -> Tensor:
     """
     logits_UE = plan.aux["logits"]
     return logits_UE.logsumexp(-1).square().sum() / max(logits_UE.shape[0], 1)
+
+
+def pseudo_label_loss(plan: RoutingPlan, labels_UE: Tensor) -> Tensor:
+    """Mean KL(labels || softmax of the router's logits), FactorLLM's route loss; zero for a plan without units.
+
+    Args:
+        plan: with `aux["logits"]` [U, E].
+        labels_UE: sum to one a unit, as those of `pseudo_labels.prior_approximate_labels`.
+    """
+    log_p_UE = plan.aux["logits"].log_softmax(-1)
+    return functional.kl_div(log_p_UE, labels_UE.to(log_p_UE.dtype), reduction="sum") / max(plan.num_units, 1)
+
+
+def activation_loss(plan: RoutingPlan, mass_UE: Tensor) -> Tensor:
+    """Binary cross-entropy of the router's logits to how strongly each slice fires (MoEfication); zero without units.
+
+    Args:
+        plan: with `aux["logits"]` [U, E].
+        mass_UE: as `pseudo_labels.activation_mass` gives it; the target is its share of the batch's maximum.
+    """
+    logits_UE = plan.aux["logits"]
+    if not logits_UE.numel():
+        return logits_UE.sum()
+    mass_UE = mass_UE.to(logits_UE.dtype)
+    return functional.binary_cross_entropy_with_logits(logits_UE, mass_UE / mass_UE.amax().clamp(min=1e-10))
 
 
 def language_loss(language_logits: Tensor, languages_B: Tensor, rows: PackedRows) -> Tensor:

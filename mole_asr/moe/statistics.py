@@ -3,6 +3,7 @@
 Shape letters: N rows, U units (utterances or valid frames), E experts, L languages.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +22,14 @@ class RoutingStatistics:
         load_E: share of the rows' slots that each expert computed; sums to one, or is zero where no expert was chosen.
         load_entropy: of `load_E`, divided by log E: 1 when even, 0 when one expert does all (and for one expert).
         experts_per_row: mean number of experts that computed a row, without the shared one.
+        several_share: share of the rows that two or more experts computed.
         reliability: mean gate of the chosen experts; for a language router the mean reliability.
     """
 
     load_E: Tensor
     load_entropy: Tensor
     experts_per_row: Tensor
+    several_share: Tensor
     reliability: Tensor
 
 
@@ -42,13 +45,13 @@ def routing_statistics(plan: RoutingPlan, num_rows: int) -> RoutingStatistics:
     counts_E = expert_counts(plan.expert_ids, plan.num_experts)
     total = counts_E.sum().clamp(min=1)
     load_E = counts_E / total
-    most = torch.log(torch.tensor(float(max(plan.num_experts, 2)), device=load_E.device))
-    chosen = (plan.expert_ids < plan.num_experts).to(plan.gates.dtype)
+    chosen_NK = plan.expert_ids < plan.num_experts
     return RoutingStatistics(
         load_E=load_E,
-        load_entropy=torch.special.entr(load_E).sum() / most,
+        load_entropy=torch.special.entr(load_E).sum() / math.log(max(plan.num_experts, 2)),
         experts_per_row=counts_E.sum() / max(num_rows, 1),
-        reliability=(plan.gates * chosen).sum() / total,
+        several_share=(chosen_NK.sum(-1) > 1).sum() / max(num_rows, 1),
+        reliability=plan.gates.where(chosen_NK, 0).sum() / total,
     )
 
 

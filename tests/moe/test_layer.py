@@ -1,6 +1,10 @@
+import copy
+from pathlib import Path
+
 import pytest
+import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mole_asr.moe import LanguageRouter, MoELayer, PackedRows, RoutingContext, TopKRouter
 from mole_asr.moe.losses import importance_loss, load_balance_loss, router_z_loss
@@ -86,6 +90,53 @@ def test_a_language_router_inside_a_layer_serves_frame_level_logits() -> None:
     rows = PackedRows.from_lengths(LENGTHS, 6)
     y_BTD, plan = layer(padded(torch.nan), rows=rows, context=RoutingContext(rows, torch.randn(4, 6, 3)))
     assert plan.num_units == 10 and y_BTD.isfinite().all()
+
+
+def test_one_router_serves_all_layers_with_shared_weights() -> None:
+    router = TopKRouter(8, 4, 2)
+    layers = nn.ModuleList(MoELayer(8, 16, 4, router) for _ in range(3))
+    names = [name for name, _ in layers.named_parameters()]
+    assert [name for name in names if "router" in name] == ["0.router.scores.weight"]  # once, for the optimizer too
+
+    def gradient(which: list[int]) -> Tensor:
+        x_BTD, total = padded(0.0), torch.zeros(())
+        for i, layer in enumerate(layers):
+            y_BTD, plan = layer(x_BTD, LENGTHS)
+            total = total + (i in which) * plan.gates.square().sum()
+            x_BTD = (x_BTD + y_BTD).detach()
+        return torch.autograd.grad(total, router.scores.weight)[0]
+
+    torch.testing.assert_close(gradient([0, 1, 2]), gradient([0]) + gradient([1]) + gradient([2]))
+
+
+def test_a_shared_router_is_saved_once_and_stays_shared(tmp_path: Path) -> None:
+    def build() -> nn.ModuleList:
+        router = TopKRouter(8, 4, 2)
+        return nn.ModuleList(MoELayer(8, 16, 4, router) for _ in range(3))
+
+    layers, again = build(), build()
+    safetensors.torch.save_model(layers, str(tmp_path / "model.safetensors"))
+    saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert len([name for name in saved if "router" in name]) == 1
+    safetensors.torch.load_model(again, tmp_path / "model.safetensors")
+    assert torch.equal(again[2].router.scores.weight, layers[0].router.scores.weight)
+    assert again[0].router is again[2].router
+    twice = build()  # torch's own state dict names the weights once a layer, and loads them
+    twice.load_state_dict(layers.state_dict())
+    assert torch.equal(twice[1].router.scores.weight, layers[0].router.scores.weight)
+    assert copy.deepcopy(layers)[0].router is not layers[0].router
+    assert len({id(layer.router) for layer in copy.deepcopy(layers)}) == 1
+
+
+def test_one_plan_of_a_shared_router_serves_all_layers() -> None:
+    router, layers = TopKRouter(8, 4, 2), [MoELayer(8, 16, 4) for _ in range(2)]
+    rows = PackedRows.from_lengths(LENGTHS, 6)
+    x_BTD = padded(0.0)
+    plan = router(rows.pack(x_BTD))
+    for layer in layers:
+        y_BTD, used = layer(x_BTD, rows=rows, plan=plan)
+        assert used is plan and y_BTD.isfinite().all()
+    assert len(plan.schedules) == 1
 
 
 def test_saved_names_last() -> None:

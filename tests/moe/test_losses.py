@@ -1,16 +1,19 @@
 import pytest
 import torch
 
-from mole_asr.moe import Experts, PackedRows, RoutingPlan, TopKRouter
+from mole_asr.moe import NoisyTopKRouter, PackedRows, RoutingPlan, TopKRouter
 from mole_asr.moe.losses import (
+    activation_loss,
     cv_squared,
     importance_loss,
     language_loss,
     load_balance_loss,
+    load_loss,
+    pseudo_label_loss,
     reliability_loss,
     router_z_loss,
 )
-from mole_asr.moe.statistics import expert_cost, loads_by_language, purity, routing_statistics
+from mole_asr.moe.statistics import routing_statistics
 
 ROWS = PackedRows.from_lengths(torch.tensor([2, 4, 1]), 4)
 
@@ -45,8 +48,11 @@ def test_importance_and_z_loss_by_hand() -> None:
 
 def test_losses_of_no_rows_are_zero_and_not_nan() -> None:
     empty = TopKRouter(4, 3, 2)(torch.zeros(0, 4))
-    for loss in (load_balance_loss, importance_loss, router_z_loss):
+    for loss in (load_balance_loss, importance_loss, load_loss, router_z_loss):
         assert float(loss(empty).detach()) == 0
+    for loss in (pseudo_label_loss, activation_loss):
+        assert float(loss(empty, torch.zeros(0, 3)).detach()) == 0
+    assert load_loss(NoisyTopKRouter(4, 3, 2)(torch.zeros(0, 4))) == 0
     assert routing_statistics(empty, 0).load_E.tolist() == [0, 0, 0]
 
 
@@ -74,31 +80,69 @@ def test_reliability_loss_asks_whether_the_prediction_was_right() -> None:
     assert float(frames.detach()) == pytest.approx(0.6931472)
 
 
-def test_statistics_count_rows_and_not_segments() -> None:
-    gates = torch.tensor([[0.5], [1.0], [0.9]])
-    ids = torch.tensor([[0], [1], [4]], dtype=torch.int32)
-    segment_plan = RoutingPlan(ids, gates, 4, "segment", torch.tensor([0, 3, 4, 9]))
-    statistics = routing_statistics(segment_plan, 9)
-    assert statistics.load_E.tolist() == [0.75, 0.25, 0, 0]
-    assert float(statistics.reliability) == pytest.approx((3 * 0.5 + 1) / 4)
-    assert float(statistics.experts_per_row) == pytest.approx(4 / 9)
-    assert float(statistics.load_entropy) == pytest.approx(0.5623351 / 1.3862944)
-    one = routing_statistics(plan([[0], [0]], 1), 2)
-    assert float(one.load_entropy) == 0
+def test_balance_over_one_expert_rows_counts_no_row_with_two() -> None:
+    p_NE = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.4, 0.2], [0.1, 0.3, 0.6]], requires_grad=True)
+    adaptive = plan([[0, 3], [0, 1], [2, 3]], 3, probabilities=p_NE)
+    loss = load_balance_loss(adaptive, one_expert_only=True)
+    # Shares 1/2, 0, 1/2 of the two rows with one expert; mean probabilities 0.4, 0.3, 0.3 of all three.
+    assert float(loss.detach()) == pytest.approx(3 * (0.5 * 0.4 + 0.5 * 0.3))
+    # Without the restriction: shares 2/4, 1/4, 1/4.
+    assert float(load_balance_loss(adaptive).detach()) == pytest.approx(3 * (0.5 * 0.4 + 0.25 * 0.3 + 0.25 * 0.3))
+    gradient = torch.autograd.grad(loss, p_NE)[0]
+    torch.testing.assert_close(gradient, torch.tensor([[0.5, 0, 0.5]] * 3))
+    assert load_balance_loss(plan([[0, 1], [2, 0], [1, 2]], 3, probabilities=p_NE), one_expert_only=True) == 0
 
 
-def test_purity_by_language() -> None:
-    loads_LE = loads_by_language(plan([[0], [0], [1], [1], [2]], 2), torch.tensor([0, 0, 1, 0, 1]), 2)
-    assert loads_LE.tolist() == [[2, 1], [0, 1]]
-    assert float(purity(loads_LE)) == 0.75
-    unknown = loads_by_language(plan([[0], [1]], 2), torch.tensor([-1, 1]), 2)
-    assert unknown.tolist() == [[0, 0], [0, 1]]
+def test_the_smooth_load_is_the_chance_of_being_chosen_when_the_own_noise_is_drawn_anew() -> None:
+    router = NoisyTopKRouter(4, 5, 2)
+    x_ND = torch.randn(3, 4)
+    noisy = router(x_ND)
+    clean_NE, noisy_NE, std_NE = (noisy.aux[key].detach() for key in ("logits", "noisy_logits", "noise_std"))
+    draws = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    load_E = torch.zeros(5)
+    for n in range(3):
+        for e in range(5):
+            second_of_others = noisy_NE[n, [i for i in range(5) if i != e]].topk(2).values[1]
+            load_E[e] += (clean_NE[n, e] + std_NE[n, e] * draws > second_of_others).float().mean()
+    loss = load_loss(noisy)
+    assert float(loss.detach()) == pytest.approx(float(cv_squared(load_E)), abs=0.01)
+    for weight in router.parameters():
+        assert torch.autograd.grad(loss, weight, retain_graph=True)[0].abs().sum() > 0
 
 
-def test_cost_of_a_row() -> None:
-    cost = expert_cost(Experts(5, 4, 8, "silu", shared=True), 1)
-    one = 4 * 8 + 8 + 8 * 4 + 4
-    assert (cost.total_parameters, cost.active_parameters) == (6 * one, 2 * one)
-    assert cost.flops_per_row == 2 * 2 * (4 * 8 + 8 * 4)
-    gated = expert_cost(Experts(5, 4, 8, "swiglu", bias=False), 1.5)
-    assert gated.flops_per_row == 1.5 * 2 * 3 * 4 * 8
+def test_the_load_without_noise_is_counted() -> None:
+    assert load_loss(plan([[0, 1], [0, 3], [0, 2]], 3)) == pytest.approx(cv_squared(torch.tensor([3.0, 1, 1])))
+    every = NoisyTopKRouter(4, 3, 3)(torch.randn(5, 4))  # all experts a row: nothing to balance
+    assert load_loss(every) == 0
+
+
+def test_the_load_loss_evens_the_load() -> None:
+    router, x_ND = NoisyTopKRouter(4, 5, 1), torch.rand(200, 4)
+    with torch.no_grad():
+        router.scores.weight[0] += 1
+    assert load_loss(router(x_ND)) > 1
+    optimizer = torch.optim.Adam(router.parameters(), 0.02)
+    for _ in range(60):
+        loss = load_loss(router(x_ND))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert load_loss(router(x_ND)) < 0.1
+
+
+def test_pseudo_label_losses_by_hand() -> None:
+    logits_NE = torch.randn(4, 3, requires_grad=True)
+    labels_NE = torch.tensor([[0.5, 0.5, 0], [0, 1, 0], [0.5, 0, 0.5], [0, 0, 1]])
+    routed = plan([[0]] * 4, 3, logits=logits_NE)
+    loss = pseudo_label_loss(routed, labels_NE)
+    entropy = 2 * 0.6931472 / 4
+    cross = torch.nn.functional.cross_entropy(logits_NE, labels_NE)
+    assert float(loss.detach()) == pytest.approx(float(cross.detach()) - entropy, abs=1e-6)
+    # The gradient of a Kullback-Leibler divergence to a softmax: p - labels.
+    torch.testing.assert_close(torch.autograd.grad(loss, logits_NE)[0], (logits_NE.softmax(-1) - labels_NE) / 4)
+    mass_NE = torch.tensor([[2.0, 4, 0], [1, 1, 1], [0, 0, 3], [2, 2, 0]])
+    fitted = activation_loss(routed, mass_NE)
+    p_NE = logits_NE.sigmoid()
+    expected = -(mass_NE / 4 * p_NE.log() + (1 - mass_NE / 4) * (1 - p_NE).log()).mean()
+    torch.testing.assert_close(fitted, expected)
+    assert activation_loss(routed, torch.zeros(4, 3)).isfinite()

@@ -2,9 +2,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from mole_asr.moe import LanguageRouter, PackedRows, RoutingContext, TopKRouter
+from mole_asr.moe import ForcedLabelRouter, LanguageGroupRouter, LanguageRouter, PackedRows, RoutingContext
 
 LENGTHS = torch.tensor([3, 1, 4])
 
@@ -142,6 +144,10 @@ def test_bad_language_routers_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             LanguageRouter(5, **kwargs)
+    with pytest.raises(ValueError, match="each of 5 languages, not 2"):
+        LanguageRouter(5, families=[0, 1])
+    with pytest.raises(ValueError, match="without a gap"):
+        LanguageRouter(3, families=[0, 2, 2])
     with pytest.raises(ValueError, match="language_logits"):
         LanguageRouter(5)(None)
     with pytest.raises(ValueError, match="for 5 languages, not 4"):
@@ -150,36 +156,115 @@ def test_bad_language_routers_are_refused() -> None:
         LanguageRouter(5)(None, context(torch.randn(2, 5)))
 
 
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_top_k_takes_the_highest_scores(renormalize: bool) -> None:
-    router = TopKRouter(6, 5, 2, renormalize)
-    x_ND = torch.randn(30, 6)
-    plan = router(x_ND)
+def test_a_saturated_posterior_has_a_finite_gradient_of_its_entropy() -> None:
+    z_BN = torch.tensor([[500.0, 0, 0, 0, 0], [1.0, 1, 1, 1, 1], [1.0, 1, -500, -500, -500]], requires_grad=True)
+    plan = LanguageRouter(5, "entropy")(None, context(z_BN))
+    assert torch.autograd.grad(plan.gates.square().sum(), z_BN)[0].isfinite().all()
+
+
+FAMILIES = [1, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_posterior_of_a_family_is_the_sum_of_its_languages(temperature: float) -> None:
+    z_BN = random_logits()
+    plan = LanguageRouter(5, temperature=temperature, families=FAMILIES)(None, context(z_BN))
+    p_BN = (z_BN / temperature).softmax(-1)
+    expected = torch.stack([p_BN[:, [1, 4]].sum(-1), p_BN[:, [0, 2, 3]].sum(-1)], -1)
+    assert plan.num_experts == 2 and plan.layout == "segment"
+    torch.testing.assert_close(plan.aux["probabilities"], expected)
+    torch.testing.assert_close(plan.gates[:, 0], expected.amax(-1))
+    assert plan.expert_ids[:, 0].tolist() == expected.argmax(-1).tolist() == plan.aux["predicted"].tolist()
+    assert torch.autograd.grad(plan.gates.sum(), z_BN)[0].abs().min() > 0
+
+
+def test_a_family_may_win_without_having_the_likeliest_language() -> None:
+    z_BN = torch.tensor([[2.4, 3.0, 2.5, -9, -9]] * 3)
+    assert LanguageRouter(5, families=[0, 1, 0, 1, 1])(None, context(z_BN)).expert_ids[:, 0].tolist() == [0, 0, 0]
+    assert LanguageRouter(5)(None, context(z_BN)).expert_ids[:, 0].tolist() == [1, 1, 1]
+
+
+def test_families_turn_true_languages_into_experts() -> None:
+    z_BN = random_logits()
+    router = LanguageRouter(5, routing="true", families=FAMILIES)
+    plan = router(None, context(z_BN, languages_B=torch.tensor([4, -1, 2])))
+    assert plan.expert_ids[:, 0].tolist() == [0, int(plan.aux["predicted"][1]), 1]
+    for reliability in ("entropy", "one", "zero"):
+        other = LanguageRouter(5, reliability, families=FAMILIES)(None, context(z_BN))
+        assert other.num_experts == 2 and other.gates.min() >= 0 and other.gates.max() <= 1
+    assert router.state_dict() == {}  # the map is configuration: names of saved models do not depend on it
+
+
+def test_a_language_group_takes_the_best_of_its_own_experts() -> None:
+    router = LanguageGroupRouter(6, 5, 3, k=2)
+    z_BN, x_ND = random_logits(), torch.randn(8, 6)
+    plan = router(x_ND, context(z_BN))
     scores_NE = x_ND @ router.scores.weight.t()
-    p_NE = scores_NE.softmax(-1)
-    for ids, gates, p_E in zip(plan.expert_ids.long(), plan.gates, p_NE, strict=True):
-        assert set(ids.tolist()) == set(p_E.topk(2).indices.tolist())
-        expected = p_E[ids] / (p_E[ids].sum() if renormalize else 1)
-        torch.testing.assert_close(gates, expected)
-    torch.testing.assert_close(plan.aux["probabilities"], p_NE)
-    assert torch.autograd.grad(plan.gates.square().sum(), router.scores.weight)[0].abs().sum() > 0
+    group_N = z_BN.argmax(-1)[[0, 0, 0, 1, 2, 2, 2, 2]]
+    assert plan.layout == "token" and plan.num_experts == 15
+    for n, group in enumerate(group_N.tolist()):
+        own = scores_NE[n, 3 * group : 3 * group + 3]
+        best = own.topk(2)
+        assert plan.expert_ids[n].tolist() == (best.indices + 3 * group).tolist()
+        torch.testing.assert_close(plan.gates[n], best.values.softmax(-1))
+        p_E = torch.zeros(15)
+        p_E[3 * group : 3 * group + 3] = own.softmax(-1)
+        torch.testing.assert_close(plan.aux["probabilities"][n], p_E)
+    raw = LanguageGroupRouter(6, 5, 3, k=2, renormalize=False)
+    raw.load_state_dict(router.state_dict())
+    torch.testing.assert_close(
+        raw(x_ND, context(z_BN)).gates, plan.aux["probabilities"].gather(1, plan.expert_ids.long())
+    )
 
 
-def test_top_k_with_all_experts_one_expert_and_no_rows() -> None:
-    every = TopKRouter(6, 5, 5)(torch.randn(4, 6))
-    torch.testing.assert_close(every.gates.sum(-1), torch.ones(4))
-    assert TopKRouter(6, 1, 1)(torch.randn(4, 6)).gates.tolist() == [[1.0]] * 4
-    assert TopKRouter(6, 5, 2, shared_expert=True)(torch.randn(0, 6)).shared_gates.shape == (0,)
-    for k in (0, 6):
-        with pytest.raises(ValueError, match=r"1\.\.5"):
-            TopKRouter(6, 5, k)
+def test_the_group_can_be_that_of_the_true_language_or_of_a_frame() -> None:
+    x_ND = torch.randn(8, 6)
+    router = LanguageGroupRouter(6, 5, 3, k=1, routing="true")
+    labelled = router(x_ND, context(random_logits(), languages_B=torch.tensor([4, 0, 2])))
+    assert (labelled.expert_ids[:, 0] // 3).tolist() == [4, 4, 4, 0, 2, 2, 2, 2]
+    z_BTN = torch.randn(3, 4, 5)
+    by_frame = LanguageGroupRouter(6, 5, 3, k=1)(x_ND, context(z_BTN))
+    rows = PackedRows.from_lengths(LENGTHS, 4)
+    assert (by_frame.expert_ids[:, 0] // 3).tolist() == rows.pack(z_BTN).argmax(-1).tolist()
+    assert by_frame.aux["predicted"].shape == (8,)
+    with pytest.raises(ValueError, match=r"1\.\.3"):
+        LanguageGroupRouter(6, 5, 3, k=4)
+    with pytest.raises(ValueError, match="LanguageGroupRouter needs a context with language_logits"):
+        router(x_ND)
+    with pytest.raises(ValueError, match="routing must be"):
+        LanguageGroupRouter(6, 5, 3, k=1, routing="random")
 
 
-def test_top_k_noise_only_in_training_and_scores_in_float32_under_autocast() -> None:
-    router = TopKRouter(6, 5, 1, noise_std=10.0)
-    x_ND = torch.randn(50, 6)
-    assert not torch.equal(router(x_ND).expert_ids, router(x_ND).expert_ids)
-    router.eval()
+@pytest.mark.parametrize("k", [2, 3])
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**16), st.lists(st.integers(-1, 4), min_size=3, max_size=3))
+def test_the_forced_label_is_chosen_and_displaces_only_the_lowest_pick(k: int, seed: int, labels: list[int]) -> None:
+    torch.manual_seed(seed)
+    router, x_ND = ForcedLabelRouter(6, 5, k, renormalize=False), torch.randn(8, 6)
+    scores_NE = x_ND @ router.scores.weight.t()
+    plan = router(x_ND, RoutingContext(PackedRows.from_lengths(LENGTHS, 4), languages_B=torch.tensor(labels)))
+    for n, label in enumerate([labels[0]] * 3 + [labels[1]] + [labels[2]] * 4):
+        best = scores_NE[n].topk(k).indices.tolist()
+        expected = best if label < 0 or label in best else [*best[:-1], label]
+        assert plan.expert_ids[n].tolist() == expected
+        torch.testing.assert_close(plan.gates[n], scores_NE[n].softmax(-1)[expected])
+
+
+def test_the_label_is_forced_in_training_alone_and_may_be_a_family() -> None:
+    rows, x_ND = PackedRows.from_lengths(LENGTHS, 4), torch.randn(8, 6)
+    router = ForcedLabelRouter(6, 4, families=[3, 3, 2, 1, 0])
+    forced = router(x_ND, RoutingContext(rows, languages_B=torch.tensor([1, 4, -1])))
+    assert all(3 in ids for ids in forced.expert_ids[:3].tolist()) and 0 in forced.expert_ids[3].tolist()
+    torch.testing.assert_close(forced.gates.sum(-1), torch.ones(8))
     plain = router(x_ND)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(router(x_ND).gates, plain.gates)
+    assert torch.equal(forced.expert_ids[4:], plain.expert_ids[4:])
+    assert torch.equal(
+        router.eval()(x_ND, RoutingContext(rows, languages_B=torch.zeros(3))).expert_ids, plain.expert_ids
+    )
+    with pytest.raises(ValueError, match="at least 2"):
+        ForcedLabelRouter(6, 4, 1)
+    with pytest.raises(ValueError, match="4 families need as many experts, not 5"):
+        ForcedLabelRouter(6, 5, families=[3, 3, 2, 1, 0])
+    assert (
+        ForcedLabelRouter(6, 1, 1)(x_ND, RoutingContext(rows, languages_B=torch.zeros(3))).gates.tolist() == [[1.0]] * 8
+    )
