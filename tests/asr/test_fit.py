@@ -1,6 +1,7 @@
 """The `fit` verb on synthetic tones: a resumed run ends as an uninterrupted one; bad data are refused in one line."""
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -149,6 +150,42 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_as_an_uninterrupted_one(
     expected, found = weights(whole), weights(halves)
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert not different
+
+
+# A training process that the system kills at the beginning of a step: no clean-up, nothing flushed.
+RUN_TO_STEP = """
+import os, signal, sys, torch
+from mole_asr.asr import fit as fit_module
+from mole_asr.asr.task import MoleTask
+
+kill_at, step = int(sys.argv[1]), MoleTask.training_step
+
+def training_step(task, batch, batch_index):
+    if task.global_step == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(task, batch, batch_index)
+
+torch.set_num_threads(int(sys.argv[2]))
+MoleTask.training_step = training_step
+fit_module.CHECKPOINT_EVERY_STEPS, fit_module.AVERAGE_EVERY_STEPS = 3, 2  # as `watch` does
+fit_module.fit(sys.argv[3:])
+"""
+
+
+def test_a_process_killed_by_the_system_goes_on_in_a_new_one(
+    command: Callable[..., list[str]], watch: Watch, tmp_path: Path
+) -> None:
+    fit(command(output=tmp_path / "whole"))
+    steps = len(watch.rows)
+    words = [str(torch.get_num_threads()), *command(output=tmp_path / "killed")]
+    run = [sys.executable, "-c", RUN_TO_STEP]
+    killed = subprocess.run([*run, "5", *words], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed" / "checkpoints" / "last.ckpt").exists()
+    resumed = subprocess.run([*run, str(steps), *words], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert not [name for name in expected if not torch.equal(expected[name], found[name])]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
