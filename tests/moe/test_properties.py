@@ -1,6 +1,7 @@
 """What holds for every router, through a whole layer, whatever backend computes it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -389,6 +390,23 @@ def test_nothing_needs_values_on_the_host(name: str) -> None:
         route(name, layer, context, x_ND)
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
             x_ND.nonzero()
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_compile_as_one_graph(name: str) -> None:
+    layer = make_layer(name).train(name == "forced")
+    batch = Batch(name, layer, LENGTHS)
+    context = replace(batch.context(), generator=None)
+    assert context.rows.utterance_of_row.shape == (sum(LENGTHS),)  # worked out outside the graph, as all packing is
+    x_ND = context.rows.pack(batch.x_BTD)
+
+    def run(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        plan = layer.router(x_ND, context)
+        return plan.expert_ids, plan.gates
+
+    torch.compiler.reset()
+    for found, expected in zip(torch.compile(run, fullgraph=True, backend="eager")(x_ND), run(x_ND), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu

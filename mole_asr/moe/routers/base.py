@@ -19,7 +19,7 @@ Routing = Literal["predicted", "true", "scheduled"]
 
 @dataclass(frozen=True, eq=False)
 class RoutingContext:
-    """What a router may look at beside the rows.
+    """What a router may look at beside the rows; on the rows' device, else each call waits for a copy.
 
     Attributes:
         rows: the packing of the batch.
@@ -110,7 +110,7 @@ def linear_scores(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
 
 
 def top_k(scores_NE: Tensor, k: int) -> Tensor:
-    """The k experts (int64 [N, K]) with the highest scores, the highest first; of equal ones the first."""
+    """The k experts (int64 [N, K]) with the highest scores, the highest first; of two equal ones the first if k <= 2."""
     scores_NE = scores_NE.detach()
     if k > 2:
         return scores_NE.topk(k, dim=-1).indices
