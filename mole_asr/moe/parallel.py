@@ -36,7 +36,7 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     they wait for each other, forward and backward. An expert's gradient is the sum over the rows of all ranks, so sum
     the other parameters' (router, shared expert) over ranks too. `DistributedDataParallel` averages them and must be
     told to ignore DTensors (its `_set_params_and_buffers_to_ignore_for_model`): with it, divide the experts' gradients
-    by the number of ranks.
+    by the number of ranks. `OracleRouter` and `pseudo_labels` look into all experts, and cannot do so afterwards.
 
     Args:
         model: a `MoELayer`, `Experts`, or anything that holds some.
