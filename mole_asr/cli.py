@@ -37,6 +37,7 @@ VERBS = {
     ),
     "score": Verb("mole_asr.score.score:score", "word and character error rates with confidence intervals"),
     "report": Verb("mole_asr.score.report:report", "table, report.json and report.html of a trained model"),
+    "bench routing": Verb("mole_asr.bench.routing:routing", "who computes what in a trained model: load and purity"),
     "doctor": Verb("mole_asr.doctor:doctor", "check the installation"),
 }
 
