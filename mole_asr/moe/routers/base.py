@@ -110,7 +110,7 @@ def linear_scores(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
 
 
 def top_k(scores_NE: Tensor, k: int) -> Tensor:
-    """The k experts (int64 [N, K]) with the highest scores, the highest first; of two equal ones the first if k <= 2."""
+    """The k experts (int64 [N, K]) with the highest scores, the highest first; for k <= 2, of equal ones the first."""
     scores_NE = scores_NE.detach()
     if k > 2:
         return scores_NE.topk(k, dim=-1).indices
