@@ -118,6 +118,8 @@ def reliability_loss(
 ) -> Tensor:
     """Trains the reliability "sigmoid" to answer "was the argmax right?" (our interpretation of MoLE).
 
+    Where languages share experts, give the logits and the labels of the families (`routers.Families`).
+
     Args:
         reliability_logits: [B] or [B, T].
         language_logits: [B, N] or [B, T, N]; no gradient flows into them.

@@ -306,6 +306,37 @@ def test_the_output_has_a_gradient_to_the_router_exactly_where_it_should(name: s
         assert REACHES[name][0] or not any(torch.count_nonzero(g) for g in router)
 
 
+# What reaches the router's parameters (for language routers the language logits) of the losses, beside the output.
+USUAL = {"importance", "balance", "z"}
+REACHED_BY = {
+    **{name: USUAL for name in ROUTERS},
+    "top_k_raw": USUAL | {"load"},
+    "noisy": USUAL | {"load"},
+    "expert_choice": USUAL - {"balance"},  # balanced by construction
+    "mlp": {"z"},
+    "pseudo_label": {"balance", "z"},
+    "centroid": set(),
+    "oracle": set(),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_losses_reach_the_router_where_they_should(name: str) -> None:
+    layer = make_layer(name, 6)
+    batch = Batch(name, layer, LENGTHS)
+    batch.logits.requires_grad_()
+    _, plan = batch.run(layer)
+    inputs = [batch.logits] if name.startswith(("language", "family")) else list(layer.router.parameters())
+    reached = set()
+    for loss, value in losses_of(plan).items():
+        found = [None]
+        if value.requires_grad:
+            found = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
+        if any(gradient is not None and gradient.abs().max() > 1e-9 for gradient in found):
+            reached.add(loss)
+    assert reached - {"balance_alone"} == REACHED_BY[name]
+
+
 def test_slice_routers_learn_from_their_pseudo_labels() -> None:
     for name in ("mlp", "pseudo_label"):
         layer = make_layer(name)
@@ -354,9 +385,11 @@ def test_decisions_are_made_in_float32_under_autocast(name: str) -> None:
     assert torch.equal(low.expert_ids, plain.expert_ids)
     assert low.gates.dtype == torch.float32 and torch.equal(low.gates, plain.gates)
     assert all(torch.equal(low.aux[key], plain.aux[key]) for key in plain.aux)
-    # Rows of a lower precision get scores in float32 too.
-    low_rows = layer.router(batch.context().rows.pack(batch.x_BTD.bfloat16()), batch.context())
-    assert low_rows.gates.dtype == torch.float32
+    # Rows and weights of a lower precision give float32 too.
+    batch.x_BTD, batch.logits = batch.x_BTD.bfloat16(), batch.logits.bfloat16()
+    _, low = batch.run(layer.bfloat16())
+    assert low.gates.dtype == torch.float32
+    assert all(low.aux[key].dtype in (torch.float32, torch.int64) for key in low.aux)
 
 
 def route(name: str, layer: MoELayer, context: RoutingContext, x_ND: Tensor) -> None:
