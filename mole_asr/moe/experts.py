@@ -58,8 +58,8 @@ class Experts(nn.Module):
         activation: "relu", "silu", "gelu" or "swiglu".
         bias: whether both products add a bias.
         shared: whether there is a shared expert.
-        output_bias: False leaves out the second bias of the E experts alone: slices of one dense layer share one bias,
-            which their layer adds.
+        output_bias: False leaves out the second bias, the shared expert's too: slices of one dense layer have one output
+            bias together, which their layer adds.
 
     Raises:
         ValueError: a size below one or an unknown activation.
@@ -91,7 +91,7 @@ class Experts(nn.Module):
         self.shared_w1_FD = nn.Parameter(torch.empty(up, d_model)) if shared else None
         self.shared_b1_F = nn.Parameter(torch.empty(up)) if shared and bias else None
         self.shared_w2_DF = nn.Parameter(torch.empty(d_model, d_ff)) if shared else None
-        self.shared_b2_D = nn.Parameter(torch.empty(d_model)) if shared and bias else None
+        self.shared_b2_D = nn.Parameter(torch.empty(d_model)) if shared and bias and output_bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -118,6 +118,19 @@ def test_slices_keep_every_value_and_can_be_saved_and_loaded() -> None:
     assert dense.w1_FD.abs().sum() > 0  # a copy
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu_tiled"])
+def test_a_shared_expert_beside_slices_has_no_output_bias_either(backend: str) -> None:
+    layer = MoELayer(6, 6, 4, TopKRouter(6, 4, 2, shared_expert=True), shared_expert=True, slices=True).double()
+    assert layer.experts.shared_b2_D is None and layer.experts.shared_b1_F is not None
+    torch.nn.init.normal_(layer.bias_D)
+    x_ND = torch.randn(9, 6, dtype=torch.float64)
+    plan, weights = layer.router(x_ND), layer.experts.unbind()
+    for n, y_D in enumerate(run(layer, x_ND, backend)):
+        outputs = [feed_forward(x_ND[n], weights[expert], "silu") for expert in plan.expert_ids[n]]
+        expected_D = sum(gate * output for gate, output in zip(plan.gates[n], outputs, strict=True)) + layer.bias_D
+        torch.testing.assert_close(y_D, expected_D + feed_forward(x_ND[n], layer.experts.shared_weights(), "silu"))
+
+
 def test_the_oracle_loses_least() -> None:
     dense = dense_ffn("relu", d_ff=48)
     layer = slice_dense(dense, torch.randperm(48).view(8, 6), "relu")
