@@ -58,8 +58,8 @@ class Experts(nn.Module):
         activation: "relu", "silu", "gelu" or "swiglu".
         bias: whether both products add a bias.
         shared: whether there is a shared expert.
-        output_bias: False leaves out the second bias, the shared expert's too: slices of one dense layer have one output
-            bias together, which their layer adds.
+        output_bias: False leaves out the second bias, the shared expert's too: slices of one dense layer have one
+            output bias together, which their layer adds.
 
     Raises:
         ValueError: a size below one or an unknown activation.
