@@ -102,6 +102,7 @@ def expert_cost(experts: Experts, experts_per_row: float, shared: bool | None = 
         shared: whether the shared expert is computed; None: if there is one.
     """
     used = experts_per_row + float(experts.shared if shared is None else shared)
-    one = sum(tensor[0].numel() for tensor in experts.stack() if tensor is not None)
-    matrices = experts.w1_EFD[0].numel() + experts.w2_EDF[0].numel()
+    # Divided, not indexed: to index experts that are spread over ranks, all ranks would have to take part.
+    one = sum(tensor.numel() for tensor in experts.stack() if tensor is not None) // experts.num_experts
+    matrices = (experts.w1_EFD.numel() + experts.w2_EDF.numel()) // experts.num_experts
     return ExpertCost(sum(p.numel() for p in experts.parameters()), one * used, 2.0 * matrices * used)

@@ -28,7 +28,8 @@ def values_and_gradients(plan: RoutingPlan, experts: Experts, x_ND: Tensor, back
 @pytest.mark.parametrize("ids", ["none", "few", "all"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("backend", "layout"), [("cpu_tiled", "token"), ("cpu_tiled", "segment"), ("segment", "segment")]
+    ("backend", "layout"),
+    [("cpu_tiled", "token"), ("cpu_tiled", "segment"), ("segment", "segment"), ("grouped_mm", "token")],
 )
 def test_what_is_not_written_is_not_read(backend: str, layout: str, bias: bool, ids: str) -> None:
     segments = torch.tensor([0, 3, 3, 9, N]) if layout == "segment" else None

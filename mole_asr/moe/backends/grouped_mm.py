@@ -28,12 +28,14 @@ def run(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
     ids_P = ids_P.clamp(max=plan.num_experts - 1)
     rows_P = order_P // plan.top_k
     w1_EFD, b1_EF, w2_EDF, b2_ED = experts.stack()
-    z_PF = functional.grouped_mm(x_ND[rows_P].to(dtype), w1_EFD.to(dtype).mT, offs=ends_E)
-    # What torch leaves beyond the last group is never written: slots without an expert must be replaced, not scaled.
-    z_PF = z_PF.where(used_P[:, None], 0)
+    # Torch never writes what lies beyond the last group, neither products nor gradients: around each product, slots
+    # without an expert must be replaced, not scaled.
+    x_PD = x_ND[rows_P].where(used_P[:, None], 0)
+    z_PF = functional.grouped_mm(x_PD.to(dtype), w1_EFD.to(dtype).mT, offs=ends_E)
     z_PF = z_PF if b1_EF is None else z_PF + b1_EF.to(dtype)[ids_P]
-    out_PD = functional.grouped_mm(activate(z_PF, experts.activation), w2_EDF.to(dtype).mT, offs=ends_E)
-    out_PD = out_PD if b2_ED is None else out_PD + b2_ED.to(dtype)[ids_P]
+    a_PF = activate(z_PF.where(used_P[:, None], 0), experts.activation)
+    out_PD = functional.grouped_mm(a_PF, w2_EDF.to(dtype).mT, offs=ends_E)
+    out_PD = (out_PD if b2_ED is None else out_PD + b2_ED.to(dtype)[ids_P]).where(used_P[:, None], 0)
     gates_P = plan.gates.reshape(-1)[order_P]
     weighted_PD = (gates_P[:, None] * out_PD).where(used_P[:, None], 0)
     y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
