@@ -3,6 +3,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+# Where there is no GPU, Triton's kernels run in its interpreter. Triton asks for this when it is first imported, and
+# Lightning imports it, so it is decided here, before any test is read.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
