@@ -78,6 +78,10 @@ def test_equals_the_reference(activation: str, bias: bool, top_k: int, shared: b
     assert_same(make_case(activation=activation, bias=bias, top_k=top_k, shared=shared, d_model=12, d_ff=19))
 
 
+def test_only_the_first_product_has_a_bias(small_blocks: None) -> None:
+    assert_same(make_case(output_bias=False))
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[int, bool, bool, dict]:
     return (

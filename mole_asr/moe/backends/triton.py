@@ -266,10 +266,16 @@ def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 def _problem(
     gates_NK: Tensor, shared_gates_N: Tensor | None, weights: list[Tensor], pairs: list[Tensor], activation: str
 ) -> Problem:
-    """The inverse of `_present`."""
+    half = len(weights) // 2
     has_shared = shared_gates_N is not None
-    stacks = [weights[: len(weights) // 2], weights[len(weights) // 2 :]] if has_shared else [weights]
-    full = [w if len(w) == 4 else [w[0], None, w[1], None] for w in stacks]
-    stack, *shared = (ExpertWeights(*w) for w in full)
+    stack, shared = (weights[:half], _parts(weights[half:])) if has_shared else (weights, None)
     slots = gates_NK.shape[1] + has_shared
-    return Problem(SortedPairs(*pairs), slots, stack, shared[0] if shared else None, cast(Activation, activation))
+    return Problem(SortedPairs(*pairs), slots, _parts(stack), shared, cast(Activation, activation))
+
+
+def _parts(present: list[Tensor]) -> ExpertWeights:
+    """The inverse of `_present`: a bias has a dimension less than the weights."""
+    w1, *rest = present
+    b1 = rest.pop(0) if rest[0].dim() < w1.dim() else None
+    w2, b2 = rest if len(rest) == 2 else (rest[0], None)
+    return ExpertWeights(w1, b1, w2, b2)
