@@ -78,6 +78,13 @@ def test_equals_the_reference(activation: str, bias: bool, top_k: int, shared: b
     assert_same(make_case(activation=activation, bias=bias, top_k=top_k, shared=shared, d_model=12, d_ff=19))
 
 
+def test_strided_rows_gates_and_weights(small_blocks: None) -> None:
+    _, plan, experts = make_case()
+    experts.w2_EDF = torch.nn.Parameter(torch.randn(3, 12, 19).mT)
+    gates = torch.randn(2, 20).t().requires_grad_()
+    assert_same((torch.randn(19, 20).t(), RoutingPlan(plan.expert_ids, gates, 3, shared_gates=gates[:, 0]), experts))
+
+
 def test_only_the_first_product_has_a_bias(small_blocks: None) -> None:
     assert_same(make_case(output_bias=False))
 

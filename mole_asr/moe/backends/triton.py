@@ -6,7 +6,8 @@ of a row and an expert, D model width, F expert width, U = 2F with "swiglu", els
 The pairs are sorted by expert; then an expert's pairs are rows of one matrix product, in tiles that hold pairs of one
 expert only. All shapes follow from N, S and E, so the host never asks the device anything, and a captured CUDA graph
 may be replayed with other routing: each program finds its expert and rows in the sorted plan, and those beyond the
-last tile stop at once. The shared expert is one more expert that every row has a pair with; it costs no launch.
+last tile stop at once. The shared expert is one more expert that every row has a pair with: it costs N more pairs (its
+rows are read through the sorted order, though they need none) and no launch of its own.
 
 | launch          | reads                      | writes                    | products        |
 |-----------------|----------------------------|---------------------------|-----------------|
@@ -35,7 +36,8 @@ gates, the sorted plan, and under autocast the weights in its type (they get flo
 Slots without an expert have memory, but nobody reads or writes it. That is the price of not asking how many there are:
 a plan with K = E slots (expert choice) allocates N * E rows for a and z.
 
-Under autocast x and the weights are cast first (a launch each). Segments: ids and gates are copied to the rows first.
+Under autocast x, dy and the weights are cast first, a launch each. Segments: ids (once a plan), gates and shared gates
+are copied to the rows first, a launch each.
 Types: float32 (IEEE, or TF32 where `torch.backends.cuda.matmul.fp32_precision` is "tf32"), bfloat16, float16.
 Speed has not been measured on a GPU yet; block sizes follow registers and shared memory as compiled for sm_90.
 
@@ -72,12 +74,14 @@ def run(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
         raise ValueError(f"the backend 'triton' computes no {dtype} on {x_ND.device}: use 'auto', or 'reference'")
     pairs, gates_NK, shared_gates_N = _by_row(plan, x_ND.shape[0])
     shared = None if shared_gates_N is None else experts.shared_weights()
-    masters = [*experts.stack(), *(shared or ())]
-    weights = [w if i % 2 or w is None else w.detach().to(dtype) for i, w in enumerate(masters)]  # biases as they are
+    masters: list[Tensor | None] = [*experts.stack(), *(shared or ())]
+    weights = [w if w is None else w.detach().contiguous() for w in masters]
+    weights[::2] = [w if w is None else w.to(dtype) for w in weights[::2]]  # biases as they are: sums take them
     inputs = [x_ND, gates_NK, shared_gates_N, *masters]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs if t is not None)
+    low_ND = x_ND.detach().to(dtype).contiguous()
     y_ND, _ = torch.ops.mole.experts_forward(
-        x_ND, gates_NK, shared_gates_N, _present(masters), x_ND.detach().to(dtype), _present(weights), list(pairs),
+        x_ND, gates_NK, shared_gates_N, _present(masters), low_ND, _present(weights), list(pairs),
         experts.activation, keep,
     )  # fmt: skip
     return y_ND
@@ -119,7 +123,7 @@ def _forward(
     y_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
     if problem.num_pairs == 0:
         return y_ND.zero_(), _empty_z(low_ND, gates_NK, shared_gates_N, weights, keep)
-    z_PU, a_PF = up(problem, low_ND.contiguous(), keep)
+    z_PU, a_PF = up(problem, low_ND, keep)
     down(problem, a_PF, (gates_NK, shared_gates_N), y_ND)
     return y_ND, z_PU
 
@@ -203,14 +207,14 @@ def _backward(
             tensor.zero_()
         return result
     dx_ND, _, _, dweights = result
-    gates, rows_ND = (gates_NK, shared_gates_N), low_ND.contiguous()
+    gates = (gates_NK, shared_gates_N)
     dlow_ND = dy_ND.to(low_ND.dtype).contiguous()
     hidden = hidden_gradient(problem, dlow_ND, z_PU, gates)
     dgates_NK, dshared_gates_N = gate_gradients(problem, hidden.dot_PC, low_ND.shape[0])
     if need_rows:
         rows_gradient(problem, hidden.dz_PU, dx_ND)
     if need_weights:
-        first = up_gradients(problem, hidden.dz_PU, rows_ND, weight_dtype)
+        first = up_gradients(problem, hidden.dz_PU, low_ND, weight_dtype)
         second = down_gradients(problem, dlow_ND, hidden.scaled_PF, gates, weight_dtype)
         dweights = _in_order(first, second)
     if dshared_gates_N is None:

@@ -70,6 +70,7 @@ def _weight_gradients(
         left.new_empty(height, dtype=dtype) if shared and has_bias else None,
     )
     blocks = block_sizes(height, width, problem.num_pairs, problem.dtype)
+    blocks = blocks._replace(stages=blocks.stages + 1)  # one stage is spent on reading which rows to gather
     blocks_of_weight = triton.cdiv(height, blocks.rows) * triton.cdiv(width, blocks.columns)
     split = split_rows(problem.num_pairs, blocks_of_weight, blocks.depth)
     chunks = problem.num_pairs // split + problem.groups
