@@ -1,5 +1,8 @@
 """All backends against the reference, and the reference against a computation written out by hand."""
 
+import copy
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,15 +10,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mole_asr.moe import Experts, PackedRows, RoutingPlan, choose_backend, dispatch
-from mole_asr.moe.backends import tiles
-from mole_asr.moe.experts import ExpertWeights, feed_forward
+from mole_asr.moe.backends import products, tiles
+from mole_asr.moe.experts import ExpertWeights, activate, feed_forward
 
 ACTIVATIONS = ["relu", "silu", "gelu", "swiglu"]
+# Of an output and of a gradient: error / size of the reference, both as norms.
+BOUNDS = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1e-2, 2e-2)}
 
 
 def make_experts(num_experts: int = 3, d_model: int = 5, d_ff: int = 7, **kwargs) -> Experts:
     kwargs = {"activation": "silu", "bias": True, "shared": True, **kwargs}
     return Experts(num_experts, d_model, d_ff, **kwargs).double()
+
+
+def experts_and_rows(backend: str, num_rows: int, **kwargs) -> tuple[Experts, Tensor]:
+    """Three experts and rows, of a type and width that the backend computes."""
+    if backend == "grouped_mm":
+        return make_experts(d_model=8, d_ff=12, **kwargs).float(), torch.randn(num_rows, 8)
+    return make_experts(**kwargs), torch.randn(num_rows, 5, dtype=torch.float64)
 
 
 def make_plan(
@@ -55,7 +67,7 @@ def gradients(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend) -> lis
     """The output, then the gradient of a lopsided loss in everything that can have one."""
     x_ND = x_ND.detach().requires_grad_()
     y_ND = dispatch(x_ND, plan, experts, backend) if isinstance(backend, str) else backend(x_ND, plan, experts)
-    weights = torch.linspace(-1, 2, y_ND.numel(), dtype=y_ND.dtype).view_as(y_ND)
+    weights = torch.linspace(-1, 2, y_ND.numel()).bfloat16().view_as(y_ND)  # the same numbers in every type
     inputs = [x_ND, plan.gates, *experts.parameters()]
     inputs += [] if plan.shared_gates is None else [plan.shared_gates]
     loss = (y_ND * weights).sum() + 0 * sum(i.sum() for i in inputs)
@@ -65,6 +77,26 @@ def gradients(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend) -> lis
 def assert_same(left: list[Tensor], right: list[Tensor], **tolerance) -> None:
     for a, b in zip(left, right, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+def in_double(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> list[Tensor]:
+    """What the reference gives for the same numbers in float64."""
+
+    def leaf(gates: Tensor | None) -> Tensor | None:
+        return None if gates is None else gates.detach().double().requires_grad_()
+
+    same = RoutingPlan(
+        plan.expert_ids, leaf(plan.gates), plan.num_experts, plan.layout, plan.segments, leaf(plan.shared_gates)
+    )
+    return gradients(x_ND.double(), same, copy.deepcopy(experts).double(), "reference")
+
+
+def assert_close_to_double(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend: str) -> None:
+    """Output and gradients of rows in float32 or bfloat16, against the reference in float64."""
+    found = gradients(x_ND, plan, experts, backend)
+    for index, (mine, their) in enumerate(zip(found, in_double(x_ND, plan, experts), strict=True)):
+        bound = BOUNDS[x_ND.dtype][index > 0]
+        assert (mine - their).norm() <= bound * (their.norm() + their.numel() ** 0.5), (backend, index)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -116,6 +148,73 @@ def test_backends_equal_the_reference(case: tuple[int, dict]) -> None:
         token_plan = make_plan(rows.num_rows, c["num_experts"], c["top_k"], shared=c["shared"])
         expected = gradients(x_ND, token_plan, experts, "reference")
         assert_same(gradients(x_ND, token_plan, experts, "cpu_tiled"), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.sampled_from(list(BOUNDS)))
+def test_backends_in_float32_and_bfloat16(case: tuple[int, dict], dtype: torch.dtype) -> None:
+    seed, c = case
+    torch.manual_seed(seed)
+    d_model, d_ff = 8 * c["d_model"], 8 * c["d_ff"]  # what grouped_mm can compute
+    kwargs = {name: c[name] for name in ("activation", "bias", "shared")}
+    experts = Experts(c["num_experts"], d_model, d_ff, **kwargs).to(dtype)
+    rows = PackedRows.from_lengths(torch.tensor(c["lengths"], dtype=torch.long), max(c["lengths"], default=0))
+    x_ND = torch.randn(rows.num_rows, d_model, dtype=dtype)
+    if c["same_expert"]:  # rows need not lie together in memory
+        x_ND = torch.randn(d_model, rows.num_rows, dtype=dtype).t()
+    for layout, backends in (
+        ("segment", ["segment", "cpu_tiled"]),
+        ("token", ["cpu_tiled", "grouped_mm", "reference"]),
+    ):
+        units, segments = (len(c["lengths"]), rows.segments_B1) if layout == "segment" else (rows.num_rows, None)
+        double = make_plan(units, c["num_experts"], c["top_k"], segments, c["shared"])
+        if c["same_expert"]:
+            double.expert_ids.fill_(c["num_experts"] - 1)
+        gates = double.gates.detach().float().requires_grad_()
+        shared_gates = double.shared_gates.detach().float().requires_grad_() if c["shared"] else None
+        plan = RoutingPlan(double.expert_ids, gates, c["num_experts"], layout, segments, shared_gates)
+        with pytest.MonkeyPatch.context() as patch:
+            for module in ("cpu_tiled", "segment"):
+                patch.setattr(f"mole_asr.moe.backends.{module}.tile_rows", lambda *_: c["tile"])
+            for backend in backends:
+                assert_close_to_double(x_ND, plan, experts, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("fused", [True, False])
+def test_products(fused: bool, activation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr(products, "_has_fused", lambda *_: False)
+    x_nI, w_OI, b_O = torch.randn(37, 24).to(dtype), torch.randn(16, 24).to(dtype), torch.randn(16).to(dtype)
+    z_nO = x_nI.double() @ w_OI.double().t()
+    for bias, expected in ((b_O, z_nO + b_O), (None, z_nO)):
+        expected = expected if activation is None else activate(expected, activation)
+        found = products.linear(x_nI, w_OI, bias, activation)
+        assert (found - expected).norm() / expected.norm() < BOUNDS[dtype][0]
+        assert found.dtype == dtype
+    assert (products.matmul(x_nI, w_OI.t()) - z_nO).norm() / z_nO.norm() < BOUNDS[dtype][0]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "grouped_mm"])
+def test_no_rows_and_no_slots(backend: str) -> None:
+    experts = Experts(3, 8, 16, shared=True)
+    for num_rows, top_k in ((0, 2), (4, 0), (0, 0)):
+        ids = torch.zeros(num_rows, top_k, dtype=torch.int32)
+        gates, shared_gates = torch.rand(num_rows, top_k), torch.rand(num_rows)
+        plan = RoutingPlan(ids, gates.requires_grad_(), 3, shared_gates=shared_gates.requires_grad_())
+        assert_close_to_double(torch.randn(num_rows, 8), plan, experts, backend)
+
+
+def test_grouped_mm_says_what_it_cannot_group() -> None:
+    for experts, x_ND in (
+        (Experts(3, 8, 16).double(), torch.randn(4, 8).double()),
+        (Experts(3, 8, 10), torch.randn(4, 8)),
+        (Experts(3, 12, 16).bfloat16(), torch.randn(4, 12).bfloat16()),
+    ):
+        plan = RoutingPlan(torch.zeros(4, 1, dtype=torch.int32), torch.ones(4, 1), 3)
+        with pytest.raises(ValueError, match="multiples of 16 bytes"):
+            dispatch(x_ND, plan, experts, "grouped_mm")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -179,20 +278,18 @@ def test_gate_one_is_the_language_expert_and_gate_zero_the_agnostic_one(backend:
     torch.testing.assert_close(agnostic, feed_forward(x_ND, shared, "silu"))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment"])
+@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment", "grouped_mm"])
 def test_same_input_gives_the_same_bits(backend: str) -> None:
-    experts = make_experts()
+    experts, x_ND = experts_and_rows(backend, 60)
     plan = make_plan(4, 3, 2, torch.tensor([0, 10, 30, 31, 60]))
-    x_ND = torch.randn(60, 5, dtype=torch.float64)
     assert_same(gradients(x_ND, plan, experts, backend), gradients(x_ND, plan, experts, backend), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu_tiled"])
+@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "grouped_mm"])
 def test_permuting_rows_permutes_the_output(backend: str) -> None:
-    experts = make_experts()
+    experts, x_ND = experts_and_rows(backend, 40)
     plan = make_plan(40, 3, 2)
     assert plan.shared_gates is not None
-    x_ND = torch.randn(40, 5, dtype=torch.float64)
     order = torch.randperm(40)
     permuted = RoutingPlan(plan.expert_ids[order], plan.gates[order], 3, shared_gates=plan.shared_gates[order])
     torch.testing.assert_close(
@@ -200,33 +297,37 @@ def test_permuting_rows_permutes_the_output(backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment"])
+@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment", "grouped_mm"])
 def test_a_slot_without_expert_is_as_if_it_were_not_there(backend: str) -> None:
-    experts = make_experts(shared=False)
+    experts, x_ND = experts_and_rows(backend, 9, shared=False)
     segments = torch.tensor([0, 4, 9]) if backend == "segment" else None
     units = 2 if backend == "segment" else 9
     plan = make_plan(units, 3, 1, segments, shared=False, sentinels=False)
-    x_ND = torch.randn(9, 5, dtype=torch.float64)
     empty_ids = torch.full((units, 1), 3, dtype=torch.int32)
     # A gate that is not a number shows that the slot is skipped, not multiplied by zero.
     gates = torch.cat([plan.gates, torch.full((units, 1), torch.nan, dtype=torch.float64)], 1)
     wider = RoutingPlan(torch.cat([plan.expert_ids, empty_ids], 1), gates, 3, plan.layout, segments)
-    assert torch.equal(dispatch(x_ND, wider, experts, backend), dispatch(x_ND, plan, experts, backend))
+    atol = 1e-5 if backend == "grouped_mm" else 0  # its vectors of numbers begin elsewhere
+    found, expected = (
+        [y_ND := dispatch(x_ND, its, experts, backend), *torch.autograd.grad(y_ND.sum(), list(experts.parameters()))]
+        for its in (wider, plan)
+    )
+    assert_same(found, expected, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment"])
+@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment", "grouped_mm"])
 def test_an_expert_without_rows_has_a_gradient_of_exactly_zero(backend: str) -> None:
-    experts = make_experts()
+    experts, x_ND = experts_and_rows(backend, 9)
     plan = make_plan(2, 3, 1, torch.tensor([0, 4, 9]), shared=False)
     plan.expert_ids.fill_(1)
-    dispatch(torch.randn(9, 5, dtype=torch.float64), plan, experts, backend).sum().backward()
+    dispatch(x_ND, plan, experts, backend).sum().backward()
     for tensor in experts.stack():
         assert tensor.grad[1].abs().sum() > 0
         assert torch.count_nonzero(tensor.grad[[0, 2]]) == 0
     assert experts.shared_w1_FD.grad is None or torch.count_nonzero(experts.shared_w1_FD.grad) == 0
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment"])
+@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment", "grouped_mm"])
 def test_bfloat16_autocast_is_close_to_float32(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("cpu_tiled", "segment"):  # several tiles an expert
         monkeypatch.setattr(f"mole_asr.moe.backends.{module}.tile_rows", lambda *_: 48)
@@ -249,7 +350,7 @@ def test_bfloat16_autocast_is_close_to_float32(backend: str, monkeypatch: pytest
         assert 0 < (low - full).norm() / full.norm() < 1e-2
 
 
-@pytest.mark.parametrize("backend", ["cpu_tiled", "segment"])
+@pytest.mark.parametrize("backend", ["cpu_tiled", "segment", "grouped_mm"])
 def test_bfloat16_rows_and_parameters_without_autocast(backend: str) -> None:
     experts = make_experts(d_model=32, d_ff=64).bfloat16()
     plan = make_plan(3, 3, 2, torch.tensor([0, 30, 50, 90]))
@@ -301,11 +402,16 @@ def test_neighbouring_segments_of_one_expert_are_one_product() -> None:
     assert [(tile.expert, tile.rows) for tile in schedule.tiles] == [(1, slice(0, 9)), (2, slice(12, 20))]
 
 
-def test_choose_backend() -> None:
+def test_choose_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend("cpu", torch.float32, "token") == "cpu_tiled"
     assert choose_backend("cpu", torch.bfloat16, "segment") == "segment"
     assert choose_backend("cuda", torch.bfloat16, "token") == "triton"
     assert choose_backend("cuda", torch.float64, "token") == "reference"
+    assert choose_backend("cuda", torch.float64, "segment") == "segment"
+    monkeypatch.setattr(sys.modules["mole_asr.moe.dispatch"], "_HAS_TRITON", False)
+    assert choose_backend("cuda", torch.bfloat16, "token", (256, 1024)) == "grouped_mm"
+    assert choose_backend("cuda", torch.bfloat16, "token", (256, 1028)) == "reference"
+    assert choose_backend("cuda", torch.bfloat16, "segment", (256, 1024)) == "segment"
 
 
 def test_what_does_not_fit_together_is_refused() -> None:

@@ -29,12 +29,12 @@ def _schedule(plan: RoutingPlan, limit: int) -> Schedule:
     counts = torch.bincount(ids_P, minlength=plan.num_experts + 1)[: plan.num_experts].tolist()
     order_P = order_P[: sum(counts)]
     rows_P = order_P if plan.top_k == 1 else order_P // plan.top_k
-    tiles, first = [], 0
+    tiles = [] if plan.shared_gates is None else shared_tiles(plan.num_units, limit)
+    num_shared = 0 if plan.shared_gates is None else plan.num_units
+    first = 0
     for expert, count in enumerate(counts):
         for start, end in split(first, first + count, limit):
-            tiles.append(Tile(expert, rows_P[start:end], slice(start, end)))
+            tiles.append(Tile(expert, rows_P[start:end], slice(num_shared + start, num_shared + end)))
         first += count
-    if plan.shared_gates is None:
-        return Schedule(tiles, order_P)
-    shared_index_N = torch.arange(ids_P.numel(), ids_P.numel() + plan.num_units, device=ids_P.device)
-    return Schedule(tiles + shared_tiles(plan.num_units, first, limit), torch.cat([order_P, shared_index_N]))
+    shared_index_N = torch.arange(ids_P.numel(), ids_P.numel() + num_shared, device=ids_P.device)
+    return Schedule(tiles, torch.cat([shared_index_N, order_P]))

@@ -1,6 +1,7 @@
 """torch's own grouped matrix product: rows sorted by expert, two products for all experts.
 
-Shape letters: N rows, K experts a row, P pairs of a row and an expert (sorted by expert), D model width, F expert width.
+Shape letters: N rows, K experts a row, E experts, P pairs of a row and an expert (sorted by expert), D model width,
+F expert width.
 """
 
 import torch
@@ -11,6 +12,11 @@ from mole_asr.moe.experts import Experts, activate, compute_dtype, feed_forward
 from mole_asr.moe.plan import RoutingPlan
 
 
+def takes(dtype: torch.dtype, widths: tuple[int, ...]) -> bool:
+    """Whether torch can group products of this type with rows of these widths: multiples of 16 bytes."""
+    return dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
 def run(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
     """Compute the plan with `torch.nn.functional.grouped_mm`; see `dispatch`.
 
@@ -19,7 +25,7 @@ def run(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
     """
     dtype = compute_dtype(x_ND)
     widths = (experts.d_model, experts.d_ff)
-    if dtype == torch.float64 or any(width * dtype.itemsize % 16 for width in widths):
+    if not takes(dtype, widths):
         raise ValueError(f"grouped_mm computes no {dtype} with widths {widths}: rows must be multiples of 16 bytes")
     plan = plan.to_token_layout(x_ND.shape[0])
     ids_P, order_P = plan.expert_ids.reshape(-1).long().sort(stable=True)

@@ -27,6 +27,10 @@ def _schedule(plan: RoutingPlan, num_rows: int, limit: int) -> Schedule:
     tiles: list[Tile] = []
     gate_index: list[Tensor] = []
     first_pair = 0
+    if plan.shared_gates is not None:
+        tiles += shared_tiles(num_rows, limit)
+        gate_index.append(unit_N + plan.num_units * plan.top_k)
+        first_pair = num_rows
     for slot, ids in enumerate(plan.expert_ids.t().tolist()):
         for expert, run_start, run_end in _merge(ids, plan.bounds):
             if expert == plan.num_experts:
@@ -35,9 +39,6 @@ def _schedule(plan: RoutingPlan, num_rows: int, limit: int) -> Schedule:
             for start, end in split(run_start, run_end, limit):
                 tiles.append(Tile(expert, slice(start, end), slice(first_pair, first_pair + end - start)))
                 first_pair += end - start
-    if plan.shared_gates is not None:
-        tiles += shared_tiles(num_rows, first_pair, limit)
-        gate_index.append(unit_N + plan.num_units * plan.top_k)
     return Schedule(tiles, torch.cat(gate_index) if gate_index else unit_N[:0])
 
 

@@ -1,8 +1,10 @@
 """Experts on tiles of rows, forward and backward by hand: what the CPU backends share.
 
-A tile is up to some hundred rows that one expert computes. A backend only decides which rows make a tile. Working
+A tile is up to some thousand rows that one expert computes. A backend only decides which rows make a tile. Working
 tile by tile keeps every temporary small: the C library maps and faults in blocks of more than 32 MB anew at each use,
 which costs more than all routing.
+
+Tiles of the shared expert come first and cover every row: they write where later tiles add.
 
 Shape letters: N rows, P pairs of a row and an expert (in tile order), n rows of a tile, D model width, F expert width.
 """
@@ -15,14 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from mole_asr.moe.backends.products import linear, matmul
 from mole_asr.moe.experts import Activation, Experts, ExpertWeights, activate, compute_dtype
 from mole_asr.moe.plan import RoutingPlan
 
 SHARED = -1
 """The expert number of the shared expert in a tile."""
 
-_TILE_BYTES = 4 << 20
-_MAX_TILE_ROWS = 1024
+_TILE_BYTES = 8 << 20
+_MAX_TILE_ROWS = 2048
 
 
 class Tile(NamedTuple):
@@ -41,8 +44,8 @@ class Schedule(NamedTuple):
 
 
 def tile_rows(experts: Experts, dtype: torch.dtype) -> int:
-    """The most rows of a tile, so that the widest temporary stays near 4 MB (16 MB at the very most)."""
-    width = experts.w1_EFD.shape[1]
+    """The most rows of a tile, so that the widest temporary stays near 8 MB (16 MB at the very most)."""
+    width = max(experts.w1_EFD.shape[1:])
     return max(16, min(_MAX_TILE_ROWS, _TILE_BYTES // (width * dtype.itemsize)))
 
 
@@ -53,12 +56,9 @@ def split(start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
         yield start + (end - start) * part // parts, start + (end - start) * (part + 1) // parts
 
 
-def shared_tiles(num_rows: int, first_pair: int, limit: int) -> list[Tile]:
-    """The tiles of the shared expert: every row, in order."""
-    return [
-        Tile(SHARED, slice(start, end), slice(first_pair + start, first_pair + end))
-        for start, end in split(0, num_rows, limit)
-    ]
+def shared_tiles(num_rows: int, limit: int) -> list[Tile]:
+    """The tiles of the shared expert: every row, in order. They and their pairs are the first of a schedule."""
+    return [Tile(SHARED, slice(start, end), slice(start, end)) for start, end in split(0, num_rows, limit)]
 
 
 def run_tiles(x_ND: Tensor, plan: RoutingPlan, experts: Experts, schedule: Schedule) -> Tensor:
@@ -86,56 +86,75 @@ class _TiledExperts(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, gates_P: Tensor, recipe: _Recipe, *parameters: Tensor | None) -> Tensor:
         tiles, activation, dtype, training = recipe
         keep_outputs = training and ctx.needs_input_grad[1]
+        keep_inputs = training and activation != "relu"
         weights = _cast_used(tiles, parameters, dtype)
-        y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+        cast_ND = x_ND.to(dtype)
+        y_ND = _new_sum(x_ND, x_ND.dtype, tiles)
         kept: list[Tensor | None] = []
         for expert, rows, pairs in tiles:
             w1_FD, b1_F, w2_DF, b2_D = weights[expert]
-            z_nF = functional.linear(x_ND[rows].to(dtype), w1_FD, b1_F)
-            a_nF = activate(z_nF, activation)
-            out_nD = functional.linear(a_nF, w2_DF, b2_D)
-            if isinstance(rows, slice):
-                y_ND[rows].addcmul_(out_nD, gates_P[pairs, None])
-            else:
-                y_ND.index_add_(0, rows, (out_nD * gates_P[pairs, None]).to(y_ND.dtype))
+            x_nD = _take(cast_ND, rows)
+            z_nF = linear(x_nD, w1_FD, b1_F) if keep_inputs else None
+            a_nF = linear(x_nD, w1_FD, b1_F, activation) if z_nF is None else activate(z_nF, activation)
+            out_nD = linear(a_nF, w2_DF, b2_D)
             if training:
-                kept += [None if activation == "relu" else z_nF, a_nF, out_nD if keep_outputs else None]
+                kept += [z_nF, a_nF, out_nD if keep_outputs else None]
+            weighted_nD = out_nD.to(y_ND.dtype, copy=keep_outputs).mul_(gates_P[pairs, None])
+            _add(y_ND, rows, weighted_nD, first=expert == SHARED)
         if training:
-            ctx.recipe, ctx.experts = recipe, list(weights)
+            ctx.recipe, ctx.experts, ctx.x_dtype = recipe, list(weights), x_ND.dtype
             ctx.like = [None if p is None else (p.shape, p.dtype) for p in parameters]
             flat_weights = [tensor for expert_weights in weights.values() for tensor in expert_weights]
-            ctx.save_for_backward(x_ND, gates_P, *flat_weights, *kept)
+            ctx.save_for_backward(cast_ND, gates_P, *flat_weights, *kept)
         return y_ND.to(x_ND.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, gates_P, *saved = ctx.saved_tensors
+        tiles, activation, dtype, _ = ctx.recipe
         weights = {expert: ExpertWeights(*saved[4 * i : 4 * i + 4]) for i, expert in enumerate(ctx.experts)}
         kept = iter(saved[4 * len(weights) :])
         need_x, need_gates = ctx.needs_input_grad[:2]
-        dtype = ctx.recipe.dtype
-        dx_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32)) if need_x else None
+        dx_ND = _new_sum(x_ND, ctx.x_dtype, tiles) if need_x else None
         dgates_P = torch.empty_like(gates_P) if need_gates else None
         grads = _ParameterGradients(ctx.like, x_ND.device) if any(ctx.needs_input_grad[3:]) else None
         with torch.autocast(x_ND.device.type, enabled=False):
-            for expert, rows, pairs in ctx.recipe.tiles:
+            for expert, rows, pairs in tiles:
                 z_nF, a_nF, out_nD = next(kept), next(kept), next(kept)
                 w1_FD, _, w2_DF, _ = weights[expert]
-                dy_nD = dy_ND[rows]
+                dy_nD = _take(dy_ND, rows).to(torch.promote_types(dy_ND.dtype, torch.float32))
                 if dgates_P is not None:
-                    dgates_P[pairs] = (dy_nD * out_nD).sum(-1, dtype=dgates_P.dtype)
+                    dgates_P[pairs] = torch.linalg.vecdot(dy_nD, out_nD.to(dy_nD.dtype))
                 dout_nD = (dy_nD * gates_P[pairs, None]).to(dtype)
-                dz_nF = _activation_backward(dout_nD @ w2_DF, z_nF, a_nF, ctx.recipe.activation)
-                if dx_ND is not None and isinstance(rows, slice):
-                    dx_ND[rows] += dz_nF @ w1_FD
-                elif dx_ND is not None:
-                    dx_ND.index_add_(0, rows, (dz_nF @ w1_FD).to(dx_ND.dtype))
+                dz_nF = _activation_backward(matmul(dout_nD, w2_DF), z_nF, a_nF, activation)
+                if dx_ND is not None:
+                    _add(dx_ND, rows, matmul(dz_nF, w1_FD).to(dx_ND.dtype), first=expert == SHARED)
                 if grads is not None:
-                    grads.add(expert, x_ND[rows].to(dtype), dz_nF, a_nF, dout_nD)
+                    grads.add(expert, _take(x_ND, rows), dz_nF, a_nF, dout_nD)
         if dx_ND is not None:
-            dx_ND = dx_ND.to(x_ND.dtype)
+            dx_ND = dx_ND.to(ctx.x_dtype)
         return (dx_ND, dgates_P, None, *([None] * 8 if grads is None else grads.finish()))
+
+
+def _new_sum(x_ND: Tensor, dtype: torch.dtype, tiles: list[Tile]) -> Tensor:
+    """Where tiles are summed, in at least float32: zeros, but for tiles of the shared expert, which write every row."""
+    make = torch.empty_like if tiles and tiles[0].expert == SHARED else torch.zeros_like
+    return make(x_ND, dtype=torch.promote_types(dtype, torch.float32), memory_format=torch.contiguous_format)
+
+
+def _take(x_ND: Tensor, rows: slice | Tensor) -> Tensor:
+    return x_ND[rows] if isinstance(rows, slice) else x_ND.index_select(0, rows)
+
+
+def _add(total_ND: Tensor, rows: slice | Tensor, part_nD: Tensor, first: bool) -> None:
+    """Add a tile to the sum; the first part of a slice of rows overwrites them."""
+    if not isinstance(rows, slice):
+        total_ND.index_add_(0, rows, part_nD)
+    elif first:
+        total_ND[rows] = part_nD
+    else:
+        total_ND[rows] += part_nD
 
 
 class _ParameterGradients:
