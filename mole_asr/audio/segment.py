@@ -19,7 +19,7 @@ _JOIN_S = 1.0
 """A pause shorter than this does not end a segment."""
 
 
-def speech_segments(audio_S: np.ndarray, sampling_rate_hz: int, max_seconds: float = 20.0) -> list[tuple[float, float]]:
+def speech_segments(audio_S: np.ndarray, sampling_rate_hz: int, max_seconds: float) -> list[tuple[float, float]]:
     """Splits a recording at its pauses.
 
     Args:
