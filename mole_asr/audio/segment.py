@@ -17,9 +17,13 @@ _PAD_S = 0.2
 """Kept on either side, for consonants that fade in and out."""
 _JOIN_S = 1.0
 """A pause shorter than this does not end a segment."""
+MAX_SECONDS = 30.0
+"""Every cut costs a little: dev prompts of 5 s and more (recipes/prompts5) have a CER of 12.5 % whole, 12.8 % cut at 5 s."""
 
 
-def speech_segments(audio_S: np.ndarray, sampling_rate_hz: int, max_seconds: float) -> list[tuple[float, float]]:
+def speech_segments(
+    audio_S: np.ndarray, sampling_rate_hz: int, max_seconds: float = MAX_SECONDS
+) -> list[tuple[float, float]]:
     """Splits a recording at its pauses.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
-from mole_asr.audio.segment import speech_segments
+from mole_asr.audio.segment import MAX_SECONDS, speech_segments
 from mole_asr.decode.alignment import Tokenizer, align_words
 from mole_asr.decode.beam import BEAM, beam_ctc
 from mole_asr.decode.greedy import greedy_ctc
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 Input: TypeAlias = Union[str, Path, np.ndarray, "Utterance"]
 
-# Every cut costs a little: dev prompts of 5 s and more (recipes/prompts5) have a CER of 12.5 % whole and 12.8 % cut at
-# 5 s. Half a minute is what users of whisper know.
-MAX_SECONDS = 30.0
 # Sorting needs a choice of segments; more of them would only delay the first text and take more memory.
 _WINDOW_BATCHES = 4
 # The first window is this part of a full one, so that the first text comes soon; each next one is twice as long.
