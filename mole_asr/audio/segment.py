@@ -18,7 +18,7 @@ _PAD_S = 0.2
 _JOIN_S = 1.0
 """A pause shorter than this does not end a segment."""
 MAX_SECONDS = 30.0
-"""Every cut costs a little: dev prompts of 5 s and more (recipes/prompts5) have a CER of 12.5 % whole, 12.8 % cut at 5 s."""
+"""Cuts cost a little: dev prompts above 5 s (recipes/prompts5) have a CER of 12.5 % whole and of 12.8 % cut at 5 s."""
 
 
 def speech_segments(

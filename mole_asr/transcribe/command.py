@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mole_asr.decode.beam import BEAM
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
 from mole_asr.transcribe.transcript import Transcript
@@ -55,7 +54,7 @@ def transcribe(
     format: str | Sequence[str] = "txt",
     output: str | None = None,
     batch_seconds: float = 240.0,
-    beam: int = BEAM,
+    beam: int | None = None,
 ) -> TranscribeResult:
     """Transcribes audio files, folders of them, and manifests.
 
@@ -73,8 +72,8 @@ def transcribe(
         output: folder for the results. Left out, texts are only printed, and other formats and manifests go to the
             current folder.
         batch_seconds: seconds of sound that are recognised at once; less needs less memory.
-        beam: prefixes that the search with the n-grams of the training texts keeps; 0 decodes greedily, faster and by
-            the sound alone.
+        beam: prefixes that the search with the n-grams of the training texts keeps (default: `decode.beam.BEAM`); 0
+            decodes greedily, faster and by the sound alone.
 
     Returns:
         Counts and failures.
@@ -93,7 +92,8 @@ def transcribe(
         _check_references(recordings, [folder / f"{name}.txt" for name in names.values()])
     manifest_jobs = _manifest_jobs(manifests, folder or Path())
     transcriber = load(model)
-    transcriber.beam = beam
+    if beam is not None:
+        transcriber.beam = beam
     total = TranscribeResult(failures=failures)
     for transcript in _run(transcriber, recordings, language, batch_seconds, total):
         if folder is not None:
