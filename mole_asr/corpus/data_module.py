@@ -204,10 +204,13 @@ class SpeechDataModule(LightningDataModule):
         ids = dataset.language_ids[rows]
         return {code: [dataset.labels[row] for row in rows[ids == n]] for n, code in enumerate(self.languages)}
 
+    def _path(self, split: str) -> str:
+        return self.train_manifest if split == "train" else self.valid_manifest
+
     def _manifest(self, split: str) -> Manifest:
         """The manifest of a split, read once."""
         if split not in self._manifests:
-            self._manifests[split] = Manifest(self.train_manifest if split == "train" else self.valid_manifest)
+            self._manifests[split] = Manifest(self._path(split))
         return self._manifests[split]
 
     def _prepare(self, split: str) -> tuple[SpeechDataset, Selection]:
@@ -232,11 +235,11 @@ class SpeechDataModule(LightningDataModule):
         selection = selection.without("with more labels than frames", required > frames)
         if len(selection.rows) == 0:
             raise MoleError(
-                f"{manifest.path}: nothing to {'train' if split == 'train' else 'validate'} on: {selection}"
+                f"{self._path(split)}: nothing to {'train' if split == 'train' else 'validate'} on: {selection}"
             )
         if selection.left_out:
             first = ", ".join(manifest[row].id for row in selection.examples.values())
-            log.warning("%s: %s (the first of each: %s)", manifest.path, selection, first)
+            log.warning("%s: %s (the first of each: %s)", self._path(split), selection, first)
         return SpeechDataset(manifest, labels, language_ids, config, self.seed), selection
 
     def _loader(
