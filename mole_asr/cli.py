@@ -37,6 +37,9 @@ VERBS = {
     ),
     "score": Verb("mole_asr.score.score:score", "word and character error rates with confidence intervals"),
     "report": Verb("mole_asr.score.report:report", "table, report.json and report.html of a trained model"),
+    "bench moe": Verb(
+        "mole_asr.bench.moe:moe", "what each way of computing a mixture of experts costs here", prints=False
+    ),
     "bench routing": Verb("mole_asr.bench.routing:routing", "who computes what in a trained model: load and purity"),
     "doctor": Verb("mole_asr.doctor:doctor", "check the installation"),
 }
@@ -152,7 +155,7 @@ def _spell(words: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
 
     Args:
         words: of the command line.
-        kinds: option with its dashes -> bool, Sequence[str], or what else it may be.
+        kinds: option with its dashes -> bool, Sequence[str], Sequence[int], or what else it may be.
     """
     spelled: list[str] = []
     rest = list(words)
@@ -162,12 +165,13 @@ def _spell(words: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
         kind = kinds.get(name)
         if kind is bool and not equals and (not rest or rest[0].lower() not in _TRUTH_VALUES):
             word = f"{name}=true"
-        elif kind == Sequence[str]:
+        elif kind in (Sequence[str], Sequence[int]):
             values = [value] if equals else []
             while not equals and rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
             items = [item.strip(" []'\"") for item in ",".join(values).split(",")]
-            word = f"{name}={json.dumps([item for item in items if item])}"
+            spelled_items = (json.dumps(item) if kind == Sequence[str] else item for item in items if item)
+            word = f"{name}=[{', '.join(spelled_items)}]"
         spelled.append(word)
     return spelled
 

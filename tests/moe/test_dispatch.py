@@ -206,6 +206,14 @@ def test_no_rows_and_no_slots(backend: str) -> None:
         assert_close_to_double(torch.randn(num_rows, 8), plan, experts, backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment", "grouped_mm"])
+def test_gradients_of_biases_are_sums_over_many_rows(backend: str) -> None:
+    experts = Experts(2, 8, 16).bfloat16()
+    ids, gates = torch.tensor([[1], [0]], dtype=torch.int32), torch.ones(2, 1, requires_grad=True)
+    plan = RoutingPlan(ids, gates, 2, "segment", torch.tensor([0, 9000, 9005]))
+    assert_close_to_double(torch.randn(9005, 8).bfloat16(), plan, experts, backend)
+
+
 def test_grouped_mm_says_what_it_cannot_group() -> None:
     for experts, x_ND in (
         (Experts(3, 8, 16).double(), torch.randn(4, 8).double()),

@@ -38,10 +38,10 @@ def run(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
     # without an expert must be replaced, not scaled.
     x_PD = x_ND[rows_P].where(used_P[:, None], 0)
     z_PF = functional.grouped_mm(x_PD.to(dtype), w1_EFD.to(dtype).mT, offs=ends_E)
-    z_PF = z_PF if b1_EF is None else z_PF + b1_EF.to(dtype)[ids_P]
+    z_PF = z_PF if b1_EF is None else z_PF + _of_pairs(b1_EF, ids_P, dtype)
     a_PF = activate(z_PF.where(used_P[:, None], 0), experts.activation)
     out_PD = functional.grouped_mm(a_PF, w2_EDF.to(dtype).mT, offs=ends_E)
-    out_PD = (out_PD if b2_ED is None else out_PD + b2_ED.to(dtype)[ids_P]).where(used_P[:, None], 0)
+    out_PD = (out_PD if b2_ED is None else out_PD + _of_pairs(b2_ED, ids_P, dtype)).where(used_P[:, None], 0)
     gates_P = plan.gates.reshape(-1)[order_P]
     weighted_PD = (gates_P[:, None] * out_PD).where(used_P[:, None], 0)
     y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
@@ -50,3 +50,8 @@ def run(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
     if plan.shared_gates is not None and shared is not None:
         y_ND = y_ND + plan.shared_gates[:, None] * feed_forward(x_ND, shared, experts.activation)
     return y_ND.to(x_ND.dtype)
+
+
+def _of_pairs(b_EF: Tensor, ids_P: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each pair's bias. The gradient of a bias is a sum over all its rows, in float32 whatever the products are."""
+    return b_EF.float().index_select(0, ids_P).to(dtype)
