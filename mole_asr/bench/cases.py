@@ -11,6 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from mole_asr.errors import MoleError
 from mole_asr.moe.experts import Activation, Experts
 from mole_asr.moe.plan import RoutingPlan
 
@@ -132,15 +133,24 @@ def select_cases(
     d_ff: int | None,
     neurons: Sequence[int],
 ) -> Iterator[Case]:
-    """All cases of these sizes; what a kind has no use for is not multiplied."""
+    """All cases of these sizes; what a kind has no use for is not multiplied, more slots than experts are left out.
+
+    Raises:
+        MoleError: a size below one, or slices so wide that a quarter of them is none.
+    """
+    if min(*d_models, *experts, *top_k, *rows, *neurons, d_ff or 1) < 1:
+        raise MoleError("sizes must be 1 or more")
     for kind, dtype, d_model, n in product(kinds, dtypes, d_models, rows):
         width = 4 * d_model if d_ff is None else d_ff
         if kind == "slices":
             for f in neurons:
+                if width // f < 4:
+                    raise MoleError(f"--neurons {f}: of {width} neurons a quarter must be a slice or more")
                 yield Case(kind, dtype, d_model, f, width // f, width // f // 4, n, "even", "relu", False)
             continue
         for e, k, skew in product(experts, top_k if kind == "token" else (1,), skews):
-            yield Case(kind, dtype, d_model, width, e, k, n, skew, activation, bias)
+            if k <= e:
+                yield Case(kind, dtype, d_model, width, e, k, n, skew, activation, bias)
 
 
 def make_problem(case: Case, device: torch.device) -> Problem:

@@ -10,7 +10,7 @@ import torch
 
 from mole_asr.bench.cases import Case, Problem, make_dense, make_problem
 from mole_asr.bench.check import BOUNDS, agrees, errors, reference, run_pass
-from mole_asr.bench.timing import Ceilings, gpu_cost, time_in_turn
+from mole_asr.bench.timing import Ceilings, Timing, gpu_cost, time_in_turn
 from mole_asr.bench.variants import DENSE, Run, dense_variants, variants
 
 ANCHORS = (*DENSE, "grouped_mm", "grouped_mm_compiled", "transformers", "liger")
@@ -48,22 +48,27 @@ def measure_case(
         runs = {key: partial(run_pass, one.run, one.problem, name) for key, one in checked.items() if not one.refusal}
         timings = time_in_turn(runs, repeat, device)
         for key, one in checked.items():
-            row = _describe(case, key, name, device) | {"error": one.error, "refusal": one.refusal}
-            row |= {"milliseconds": None, "milliseconds_low": None, "milliseconds_high": None}
-            if key in timings:
-                timing = timings[key]
-                row |= {"milliseconds": timing.milliseconds}
-                row |= {"milliseconds_low": timing.low, "milliseconds_high": timing.high}
-            for anchor in ANCHORS:
-                both = key in timings and anchor in timings
-                ratio = timings[key].milliseconds / timings[anchor].milliseconds if both else None
-                row[f"ratio_{anchor}"] = ratio
+            row = _describe(case, key, name, device) | _times(key, timings)
             if key in timings and ceilings is not None:
                 row |= _gpu_columns(case, key, name, timings[key].milliseconds, ceilings)
                 cost = gpu_cost(runs[key])
                 row |= {"launches": cost.launches, "syncs": cost.syncs, "peak_megabytes": cost.peak_bytes / 1e6}
-            rows.append(row)
+            rows.append(row | {"error": one.error, "refusal": one.refusal})
     return rows
+
+
+def _times(key: str, timings: dict[str, Timing]) -> dict[str, float | None]:
+    """Milliseconds and ratios of one variant; None for what was not timed."""
+    mine = timings.get(key)
+    row: dict[str, float | None] = {
+        "milliseconds": None if mine is None else mine.milliseconds,
+        "milliseconds_low": None if mine is None else mine.low,
+        "milliseconds_high": None if mine is None else mine.high,
+    }
+    for anchor in ANCHORS:
+        its = timings.get(anchor)
+        row[f"ratio_{anchor}"] = mine.milliseconds / its.milliseconds if mine and its else None
+    return row
 
 
 def _check(case: Case, runs: dict[str, Run], problem: Problem, name: str) -> dict[str, Checked]:

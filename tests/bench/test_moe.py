@@ -36,7 +36,7 @@ def one_thread():
 
 def test_the_verb_writes_whole_rows_and_prints_a_table_a_case(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "moe.json"
-    sizes = "--d-model 16 --rows 60 --experts 3,4 --neurons 16 --repeat 1 --skew even skewed"
+    sizes = "--d-model 16 --rows 60 --experts 1,3,4 --neurons 16 --repeat 1 --skew even skewed"
     assert main(["bench", "moe", *sizes.split(), "--output", str(output)]) == 0
     rows = json.loads(output.read_text())
     assert all(set(row) >= KEYS for row in rows)
@@ -95,6 +95,8 @@ def test_options_without_meaning_are_refused(capsys: pytest.CaptureFixture, tmp_
         ("--passes backward", "--passes backward: give forward, forward+backward"),
         ("--backends fast", "--backends fast: give reference, cpu_tiled"),
         ("--output table.txt", "give such a name"),
+        ("--d-model 0", "sizes must be 1 or more"),
+        ("--kinds slices --d-ff 64 --neurons 32", "--neurons 32: of 64 neurons a quarter must be a slice"),
     ):
         assert main(["bench", "moe", *words.split()]) == 1
         assert message in capsys.readouterr().err
