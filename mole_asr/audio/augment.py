@@ -135,10 +135,10 @@ class SpecAugment(nn.Module):
     def __init__(
         self,
         frequency_masks: int = 2,
-        max_frequency_bins: int = 20,
-        time_masks_per_frame: float = 0.015,
+        max_frequency_bins: int = 12,
+        time_masks_per_frame: float = 0.008,
         max_time_masks: int = 10,
-        max_time_share: float = 0.08,
+        max_time_share: float = 0.06,
     ) -> None:
         super().__init__()
         self.frequency_masks = frequency_masks

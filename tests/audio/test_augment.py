@@ -158,7 +158,7 @@ def test_masking_is_seeded_and_differs_between_utterances() -> None:
 
 
 def test_over_many_seeds_every_bin_and_frame_is_masked_sometimes() -> None:
-    features_BTF, lengths_B = features([100] * 64)
+    features_BTF, lengths_B = features([300] * 64)
     changed_BTF = torch.zeros_like(features_BTF, dtype=torch.bool)
     for seed in range(10):
         changed_BTF |= masked(features_BTF, lengths_B, seed) != features_BTF
