@@ -64,6 +64,7 @@ def _times(key: str, timings: dict[str, Timing]) -> dict[str, float | None]:
         "milliseconds": None if mine is None else mine.milliseconds,
         "milliseconds_low": None if mine is None else mine.low,
         "milliseconds_high": None if mine is None else mine.high,
+        "faulted_megabytes": None if mine is None else mine.faulted_megabytes,
     }
     for anchor in ANCHORS:
         its = timings.get(anchor)

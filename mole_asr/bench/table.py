@@ -9,13 +9,14 @@ _COLUMNS = {
     "ratio_grouped_mm_compiled": "/compiled",
     "ratio_transformers": "/hf",
     "ratio_liger": "/liger",
+    "faulted_megabytes": "faults MB",
     "tflops": "TFLOP/s",
     "roofline_percent": "roof %",
     "launches": "launches",
     "syncs": "syncs",
     "peak_megabytes": "peak MB",
 }
-_DIGITS = {"tflops": 1, "roofline_percent": 0, "launches": 0, "syncs": 0, "peak_megabytes": 1}
+_DIGITS = {"faulted_megabytes": 0, "tflops": 1, "roofline_percent": 0, "launches": 0, "syncs": 0, "peak_megabytes": 1}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """Time of several functions, measured in turn so that a busy machine slows all of them alike."""
 
 import gc
+import resource
 import statistics
 import time
 import warnings
@@ -17,11 +18,19 @@ _MALLOC_BYTES = 24 << 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: the median and the quartiles."""
+    """Of all calls that count.
+
+    Attributes:
+        milliseconds: the median.
+        low: the lower quartile.
+        high: the upper quartile.
+        faulted_megabytes: memory that the system had to map anew, page by page, in the median call; None on a GPU.
+    """
 
     milliseconds: float
     low: float
     high: float
+    faulted_megabytes: float | None
 
 
 def time_in_turn(functions: Mapping[str, Callable[[], object]], repeat: int, device: torch.device) -> dict[str, Timing]:
@@ -31,13 +40,14 @@ def time_in_turn(functions: Mapping[str, Callable[[], object]], repeat: int, dev
     the time between two events, with a cold cache.
     """
     measure = _gpu_milliseconds if device.type == "cuda" else _cpu_milliseconds
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    calls: dict[str, list[tuple[float, float | None]]] = {name: [] for name in functions}
     for round_number in range(repeat + 1):
         for name, function in functions.items():
+            faults = None if device.type == "cuda" else _faulted_megabytes()
             milliseconds = measure(function)
             if round_number > 0:
-                times[name].append(milliseconds)
-    return {name: _summary(found) for name, found in times.items()}
+                calls[name].append((milliseconds, None if faults is None else _faulted_megabytes() - faults))
+    return {name: _summary(found) for name, found in calls.items()}
 
 
 @contextmanager
@@ -131,8 +141,13 @@ def _gpu_milliseconds(function: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _summary(found: list[float]) -> Timing:
-    if len(found) == 1:
-        return Timing(found[0], found[0], found[0])
-    low, median, high = statistics.quantiles(found, n=4, method="inclusive")
-    return Timing(median, low, high)
+def _faulted_megabytes() -> float:
+    """Memory that this process has had mapped since it began."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize() / 1e6
+
+
+def _summary(calls: list[tuple[float, float | None]]) -> Timing:
+    times = [milliseconds for milliseconds, _ in calls]
+    faulted = [megabytes for _, megabytes in calls if megabytes is not None]
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return Timing(median, low, high, statistics.median(faulted) if faulted else None)

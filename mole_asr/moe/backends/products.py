@@ -20,10 +20,19 @@ _FUSED = {None: "none", "relu": "relu", "silu": "swish", "gelu": "gelu"}  # oneD
 
 def linear(x_nI: Tensor, w_OI: Tensor, b_O: Tensor | None, activation: Activation | None = None) -> Tensor:
     """activation(x W^T + b), outside autograd; "swiglu" gives half the width. x has at least one row."""
-    if activation in _FUSED and _has_fused(x_nI.device.type, x_nI.dtype):
-        return _fused(x_nI, w_OI, b_O, _FUSED[activation])
-    z_nO = functional.linear(x_nI, w_OI, b_O)
+    if _has_fused(x_nI.device.type, x_nI.dtype):
+        if activation in _FUSED:
+            return _fused(x_nI, w_OI, b_O, _FUSED[activation])
+        z_nO = _fused(x_nI, w_OI, b_O, "none")
+    else:
+        z_nO = functional.linear(x_nI, w_OI, b_O)
     return z_nO if activation is None else activate(z_nO, activation)
+
+
+def pack(w_OI: Tensor, rows: int) -> Tensor:
+    """The weight in the layout that `linear` reads fastest; pays from the second tile of about so many rows on."""
+    fused = _has_fused(w_OI.device.type, w_OI.dtype)
+    return torch.ops.mkldnn._reorder_linear_weight(w_OI.detach(), rows) if fused else w_OI
 
 
 def matmul(x_nI: Tensor, w_IO: Tensor) -> Tensor:

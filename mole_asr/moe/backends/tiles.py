@@ -9,6 +9,7 @@ Tiles of the shared expert come first and cover every row: they write where late
 Shape letters: N rows, P pairs of a row and an expert (in tile order), n rows of a tile, D model width, F expert width.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from mole_asr.moe.backends.products import linear, matmul
+from mole_asr.moe.backends.products import linear, matmul, pack
 from mole_asr.moe.experts import Activation, Experts, ExpertWeights, activate, compute_dtype
 from mole_asr.moe.plan import RoutingPlan
 
@@ -87,7 +88,7 @@ class _TiledExperts(torch.autograd.Function):
         tiles, activation, dtype, training = recipe
         keep_outputs = training and ctx.needs_input_grad[1]
         keep_inputs = training and activation != "relu"
-        weights = _cast_used(tiles, parameters, dtype)
+        weights = _cast_used(tiles, parameters, dtype, packed=not training)
         cast_ND = x_ND.to(dtype)
         y_ND = _new_sum(x_ND, x_ND.dtype, tiles)
         kept: list[Tensor | None] = []
@@ -194,13 +195,18 @@ class _ParameterGradients:
 
 
 def _cast_used(
-    tiles: list[Tile], parameters: tuple[Tensor | None, ...], dtype: torch.dtype
+    tiles: list[Tile], parameters: tuple[Tensor | None, ...], dtype: torch.dtype, packed: bool
 ) -> dict[int, ExpertWeights]:
-    """The weights of the experts that have rows, in the type of the products (master weights stay float32)."""
+    """The weights of the experts that have rows, in the type of the products (master weights stay float32).
+
+    With `packed`, those of experts with several tiles in a layout that only `linear` can read.
+    """
     weights = {}
-    for expert in dict.fromkeys(tile.expert for tile in tiles):
+    for expert, num_tiles in Counter(tile.expert for tile in tiles).items():
         w1, b1, w2, b2 = (None if tensor is None else tensor.to(dtype) for tensor in _of_expert(parameters, expert))
         assert w1 is not None and w2 is not None
+        if packed and num_tiles > 1:
+            w1, w2 = pack(w1, _MAX_TILE_ROWS), pack(w2, _MAX_TILE_ROWS)
         weights[expert] = ExpertWeights(w1, b1, w2, b2)
     return weights
 
