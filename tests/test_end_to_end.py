@@ -111,7 +111,7 @@ def test_every_format_of_one_file(folder: Path, prompt: Utterance, tmp_path: Pat
     result = json.loads(text["json"])
     assert (result["text"], result["language"]) == (prompt.text, prompt.language)
     assert result["duration_s"] == pytest.approx(prompt.duration_s, abs=0.01)
-    assert sum(result["language_probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    assert sum(result["language_probabilities"].values()) == pytest.approx(1, abs=5e-4)  # of five rounded ones
     assert set(result["language_probabilities"]) == set(LANGUAGES) and 0.5 < result["reliability"] <= 1
     words = [word for segment in result["segments"] for word in segment["words"]]
     times = [time for word in words for time in (word["start_s"], word["end_s"])]

@@ -14,14 +14,17 @@ from .conftest import LANGUAGES, small_config
 def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     for scale in (1e-4, 1.0, 1e4):
-        matrices = scale * torch.randn(shape)
+        left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        spread = torch.linspace(1, 0.05, min(shape[1:]))  # random square matrices have values too near zero
+        matrices = scale * (left * spread) @ right
         result = orthogonalize(matrices).float()
         assert result.shape == matrices.shape
         values = torch.linalg.svdvals(result)
-        assert values.min() >= 0.6 and values.max() <= 1.3
+        assert values.min() >= 0.6 and values.max() <= 1.5  # 0.84 to 1.16, and what rounding to bfloat16 adds
+        assert 0.9 <= values.mean() <= 1.1
         # It keeps the directions: U V^T has the largest inner product with the matrix, the sum of singular values.
         inner = (result * matrices).sum((-2, -1))
-        assert (inner / torch.linalg.svdvals(matrices).sum(-1)).min() > 0.6
+        assert (inner / torch.linalg.svdvals(matrices).sum(-1)).min() > 0.8
 
 
 def test_orthogonalize_leaves_zero_alone() -> None:
