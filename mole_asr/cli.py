@@ -40,6 +40,9 @@ VERBS = {
     "bench moe": Verb(
         "mole_asr.bench.moe:moe", "what each way of computing a mixture of experts costs here", prints=False
     ),
+    "bench whisper": Verb(
+        "mole_asr.bench.whisper:whisper", "a manifest transcribed by Whisper, the peer to beat", prints=False
+    ),
     "bench routing": Verb("mole_asr.bench.routing:routing", "who computes what in a trained model: load and purity"),
     "doctor": Verb("mole_asr.doctor:doctor", "check the installation"),
 }
