@@ -2,6 +2,11 @@
 
 Neighbouring segments of one expert become one product; sort a batch by language and there is one product a language.
 
+The shared expert is a pair of products of its own. One pair on the weights of both, put together, was measured slower
+(8192 rows, four languages, width 256 and 512, over two dense layers: 0.67 and 0.80 against 0.65 and 0.75 in float32,
+1.01 and 0.92 against 0.98 and 0.85 in bfloat16): the weights are copied for each language, and the gates multiply the
+hidden layer, four times as wide as the output.
+
 Shape letters: N rows, K experts a segment, U segments, P pairs of a row and an expert, D model width.
 """
 
