@@ -5,7 +5,7 @@ Shape letters: E experts, D model width, F width of the dense FFN and of each ex
 
 from mole_asr.moe.convert.slices import set_parameters
 from mole_asr.moe.dispatch import Backend
-from mole_asr.moe.experts import Activation, ExpertWeights
+from mole_asr.moe.experts import Activation, Experts, ExpertWeights
 from mole_asr.moe.layer import MoELayer
 from mole_asr.moe.routers.base import Router
 
@@ -38,12 +38,21 @@ def upcycle_dense(
     d_model, d_ff = dense.w2_DF.shape
     bias = dense.b1_F is not None or dense.b2_D is not None
     layer = MoELayer(d_model, d_ff, num_experts, router, activation, bias, shared_expert, backend)
-    values = {"w1_{}FD": dense.w1_FD, "w2_{}DF": dense.w2_DF}
-    if bias:
-        values["b1_{}F"] = dense.w1_FD.new_zeros(len(dense.w1_FD)) if dense.b1_F is None else dense.b1_F
-        values["b2_{}D"] = dense.w2_DF.new_zeros(d_model) if dense.b2_D is None else dense.b2_D
-    copies = {name.format("E"): value.expand(num_experts, *value.shape) for name, value in values.items()}
-    set_parameters(layer.experts, **copies)
-    if shared_expert:
-        set_parameters(layer.experts, **{f"shared_{name.format('')}": value for name, value in values.items()})
+    fill_experts(layer.experts, dense)
     return layer
+
+
+def fill_experts(experts: Experts, dense: ExpertWeights) -> None:
+    """Makes each expert, and the shared one if there is one, a copy of a dense FFN of the same sizes.
+
+    Raises:
+        ValueError: the tensors do not fit.
+    """
+    values = {"w1_{}FD": dense.w1_FD, "w2_{}DF": dense.w2_DF}
+    if experts.b1_EF is not None:
+        values["b1_{}F"] = dense.w1_FD.new_zeros(len(dense.w1_FD)) if dense.b1_F is None else dense.b1_F
+        values["b2_{}D"] = dense.w2_DF.new_zeros(len(dense.w2_DF)) if dense.b2_D is None else dense.b2_D
+    copies = {name.format("E"): value.expand(experts.num_experts, *value.shape) for name, value in values.items()}
+    set_parameters(experts, **copies)
+    if experts.shared_weights() is not None:
+        set_parameters(experts, **{f"shared_{name.format('')}": value for name, value in values.items()})
