@@ -1,0 +1,229 @@
+"""Loads Whisper's checkpoints, as Hugging Face, OpenAI or CTranslate2 writes them, for our own modules.
+
+Letters: T frames, D model width.
+"""
+
+import json
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from mole_asr.asr.ctranslate2_file import read_ctranslate2
+from mole_asr.asr.whisper import WhisperConfig, WhisperEncoder, sinusoids
+from mole_asr.asr.whisper_decoder import WhisperDecoder
+from mole_asr.asr.whisper_layouts import CTRANSLATE2, HUGGING_FACE, OPENAI, Layout, Tensors, convert
+from mole_asr.asr.whisper_tokenizer import FILE_NAME, WhisperTokenizer
+from mole_asr.errors import MoleError
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_INDEX = ".index.json"  # lists the shards of large weights
+_WEIGHTS = ("model.safetensors", "model.safetensors" + _INDEX, "pytorch_model.bin", "pytorch_model.bin" + _INDEX)
+_CTRANSLATE2 = "model.bin"
+
+
+class WhisperCheckpoint(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        config: sizes.
+        encoder: state of a `WhisperEncoder`, float32.
+        decoder: state of a `WhisperDecoder`, float32.
+        tokenizer: its text tokenizer.
+    """
+
+    config: WhisperConfig
+    encoder: Tensors
+    decoder: Tensors
+    tokenizer: WhisperTokenizer
+
+
+def load_whisper(path_or_hub_id: str | Path) -> WhisperCheckpoint:
+    """Loads a checkpoint.
+
+    Args:
+        path_or_hub_id: a folder in Hugging Face's format (config.json, tokenizer.json, and weights as safetensors or
+            as pytorch_model.bin, whole or in shards); a folder in CTranslate2's (model.bin, tokenizer.json); OpenAI's
+            file (.pt) with a tokenizer.json beside it; or "owner/name" of a model on the Hugging Face hub.
+
+    Raises:
+        MoleError: nothing is there, or it is no whole Whisper model that we know how to run.
+    """
+    path = Path(path_or_hub_id)
+    if not path.exists():
+        if not _HUB_ID.fullmatch(str(path_or_hub_id)):
+            raise MoleError(f"{path}: no such Whisper model; give a folder, a .pt file, or owner/name on the hub")
+        path = _download(str(path_or_hub_id))
+    if path.is_file():
+        weights, (config, tensors, layout) = path, _read_openai(path)
+    elif (path / _CTRANSLATE2).exists():
+        weights = path / _CTRANSLATE2
+        config, tensors, layout = _read_ctranslate2(weights)
+    else:
+        weights, (config, tensors, layout) = path, _read_hugging_face(path)
+    tokenizer = (path if path.is_dir() else path.parent) / FILE_NAME
+    if not tokenizer.exists():
+        raise MoleError(f"{tokenizer}: no such file; copy it from the model's page on the Hugging Face hub")
+    try:
+        encoder, decoder = convert(tensors, layout, config.encoder_layers, config.decoder_layers)
+        positions_TD = tensors[layout.encoder_positions]
+    except KeyError as error:
+        raise MoleError(f"{weights}: tensor {error.args[0]} is missing; copy the model anew") from None
+    # Half precision rounds by 5e-4, bfloat16 by 4e-3.
+    expected_TD = sinusoids(config.max_frames, config.d_model)
+    if positions_TD.shape != expected_TD.shape or (positions_TD.float() - expected_TD).abs().max() > 0.01:
+        raise MoleError(f"{weights}: the encoder's positions are not Whisper's sinusoids; give another model")
+    _check_shapes(config, encoder, decoder, weights)
+    return WhisperCheckpoint(config, encoder, decoder, WhisperTokenizer(tokenizer))
+
+
+def _check_shapes(config: WhisperConfig, encoder: Tensors, decoder: Tensors, path: Path) -> None:
+    for kind, module_type, state in (("encoder", WhisperEncoder, encoder), ("decoder", WhisperDecoder, decoder)):
+        with torch.device("meta"):
+            module: nn.Module = module_type(config)
+        for name, expected in module.state_dict().items():
+            if state[name].shape != expected.shape:
+                found = tuple(state[name].shape)
+                raise MoleError(f"{path}: {kind} {name} is {found}, not {tuple(expected.shape)} as its sizes say")
+
+
+def _read_hugging_face(folder: Path) -> tuple[WhisperConfig, Tensors, Layout]:
+    path = folder / "config.json"
+    values = _read_json(path)
+    if values.get("model_type") != "whisper":
+        raise MoleError(f"{path}: model_type {values.get('model_type')!r} is not 'whisper'; give a Whisper model")
+    if values.get("activation_function", "gelu") != "gelu" or values.get("scale_embedding", False):
+        raise MoleError(f"{path}: only GELU and unscaled embeddings are supported; give an unchanged Whisper model")
+    try:
+        config = WhisperConfig(
+            num_mels=values["num_mel_bins"],
+            d_model=values["d_model"],
+            d_ff=values["encoder_ffn_dim"],
+            encoder_layers=values["encoder_layers"],
+            encoder_heads=values["encoder_attention_heads"],
+            decoder_layers=values["decoder_layers"],
+            decoder_heads=values["decoder_attention_heads"],
+            vocab_size=values["vocab_size"],
+            max_frames=values["max_source_positions"],
+            max_tokens=values["max_target_positions"],
+        )
+    except KeyError as error:
+        raise MoleError(f"{path}: key {error.args[0]} is missing; copy the model anew") from None
+    tensors = _read_weights(folder)
+    return config, {name.removeprefix("model."): value for name, value in tensors.items()}, HUGGING_FACE
+
+
+def _read_weights(folder: Path) -> Tensors:
+    for name in _WEIGHTS:
+        path = folder / name
+        if not path.exists():
+            continue
+        if not name.endswith(_INDEX):
+            return _read_tensors(path)
+        shards = sorted(set(_read_json(path).get("weight_map", {}).values()))
+        return {key: value for shard in shards for key, value in _read_tensors(folder / shard).items()}
+    raise MoleError(f"{folder}: no weights; one of {', '.join(_WEIGHTS)} or {_CTRANSLATE2} must be there")
+
+
+def _read_tensors(path: Path) -> Any:
+    """What a safetensors file or a pickle of tensors holds; code in a pickle is not run."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise MoleError(f"{path}: no such file; copy the model anew") from None
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MoleError(f"{path}: cannot be read as weights ({reason}); copy the model anew") from None
+
+
+def _read_openai(path: Path) -> tuple[WhisperConfig, Tensors, Layout]:
+    values = _read_tensors(path)
+    try:
+        dims, tensors = values["dims"], values["model_state_dict"]
+        config = WhisperConfig(
+            num_mels=dims["n_mels"],
+            d_model=dims["n_audio_state"],
+            d_ff=4 * dims["n_audio_state"],
+            encoder_layers=dims["n_audio_layer"],
+            encoder_heads=dims["n_audio_head"],
+            decoder_layers=dims["n_text_layer"],
+            decoder_heads=dims["n_text_head"],
+            vocab_size=dims["n_vocab"],
+            max_frames=dims["n_audio_ctx"],
+            max_tokens=dims["n_text_ctx"],
+        )
+    except (KeyError, TypeError, IndexError) as error:
+        raise MoleError(f"{path}: not OpenAI's file of a Whisper model ({error!r}); give another") from None
+    return config, tensors, OPENAI
+
+
+def _read_ctranslate2(path: Path) -> tuple[WhisperConfig, Tensors, Layout]:
+    tensors = {
+        re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name.replace("/", "."))): value
+        for name, value in read_ctranslate2(path, "WhisperSpec").items()
+    }
+    layers = {
+        kind: len({match[1] for name in tensors if (match := re.match(rf"{kind}\.layer_(\d+)\.", name))})
+        for kind in ("encoder", "decoder")
+    }
+    try:
+        num_frames, d_model = tensors[CTRANSLATE2.encoder_positions].shape
+        config = WhisperConfig(
+            num_mels=tensors["encoder.conv1.weight"].shape[1],
+            d_model=d_model,
+            d_ff=len(tensors["encoder.layer_0.ffn.linear_0.weight"]),
+            encoder_layers=layers["encoder"],
+            encoder_heads=int(tensors["encoder.num_heads"]),
+            decoder_layers=layers["decoder"],
+            decoder_heads=int(tensors["decoder.num_heads"]),
+            vocab_size=len(tensors[CTRANSLATE2.embedding]),
+            max_frames=num_frames,
+            max_tokens=len(tensors[CTRANSLATE2.decoder_positions]),
+        )
+    except (KeyError, ValueError) as error:
+        raise MoleError(f"{path}: not a whole Whisper model ({error!r}); convert it anew") from None
+    return config, tensors, CTRANSLATE2
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MoleError(f"{path}: cannot be read ({error.strerror}); give the folder of a Whisper model") from None
+    except ValueError as error:
+        raise MoleError(f"{path}: not JSON ({error}); copy the model anew") from None
+
+
+def _download(hub_id: str) -> Path:
+    """Fetches a model from the Hugging Face hub, or finds it in the hub's cache; returns its folder."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise MoleError(
+            f"{hub_id}: no such folder, and the hub needs huggingface_hub; pip install 'mole-asr[whisper]'"
+        ) from None
+    try:
+        folder = Path(hf_hub_download(hub_id, "config.json")).parent
+        hf_hub_download(hub_id, "tokenizer.json")
+        for name in (*_WEIGHTS, _CTRANSLATE2):
+            try:
+                path = Path(hf_hub_download(hub_id, name))
+            except LocalEntryNotFoundError:
+                continue  # offline: it may have been fetched under another name
+            except EntryNotFoundError:
+                continue
+            for shard in set(_read_json(path)["weight_map"].values()) if name.endswith(_INDEX) else ():
+                hf_hub_download(hub_id, shard)
+            return folder
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MoleError(f"{hub_id}: no such folder, and the hub does not give it ({reason})") from None
+    raise MoleError(f"{hub_id}: the hub has no weights for it; one of {', '.join(_WEIGHTS)} must be there")
