@@ -47,7 +47,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
         raise MoleError(f"{folder / 'config.json'}: no config of ours ({error!r}); copy the folder anew") from None
     path = folder / "model.safetensors"
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict({_moved(name): tensor for name, tensor in load_file(path).items()})
     except (OSError, SafetensorError) as error:
         raise MoleError(f"{path}: cannot be read ({error}); copy the folder anew") from None
     except RuntimeError as error:
@@ -67,6 +67,11 @@ def _build(config: Any, languages: Any, tokenizer: TextTokenizer, folder: Path) 
             "use the tokenizer it was trained with"
         )
     return MoleModel(_encoder_config(config["encoder"], folder), languages, config["vocab_size"])
+
+
+def _moved(name: str) -> str:
+    """Where a tensor lies now: models of the first release had the language tokenizer beside the blocks."""
+    return f"mixture.{name}" if name.startswith("language_tokenizer.") else name
 
 
 def _read_json(path: Path) -> Any:

@@ -10,35 +10,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mole_asr.asr.depthwise import depthwise_convolution
-from mole_asr.audio.features import valid_mask
-from mole_asr.moe.layer import MoELayer
-from mole_asr.moe.plan import RoutingPlan
-from mole_asr.moe.rows import PackedRows
+from mole_asr.asr.mixture import Decision, MixtureFeedForward, PaddedFrames
 
 MASKED = -1e4  # finite, so that a row of padding has no NaN; exp(MASKED) is 0 in bfloat16 too
 
 
 @dataclass(frozen=True)
-class Frames:
+class Frames(PaddedFrames):
     """What all blocks need to know of a padded batch, worked out once.
 
     Attributes:
-        lengths_B: int64.
-        valid_BT: bool.
         bias_GTT: attention bias, G = B x H: minus slope x distance, and MASKED at padded keys.
-        rows: the packing of the valid frames, for MoE layers.
     """
 
-    lengths_B: Tensor
-    valid_BT: Tensor
     bias_GTT: Tensor
-    rows: PackedRows
 
     @classmethod
     def of(cls, lengths_B: Tensor, size: int, num_heads: int) -> "Frames":
         """Describes a batch of utterances padded to `size` frames."""
-        valid_BT = valid_mask(lengths_B, size)
-        return cls(lengths_B, valid_BT, attention_bias(valid_BT, num_heads), PackedRows.from_lengths(lengths_B, size))
+        padded = PaddedFrames.of_lengths(lengths_B, size)
+        return cls(lengths_B, padded.valid_BT, padded.rows, attention_bias(padded.valid_BT, num_heads))
 
 
 def attention_bias(valid_BT: Tensor, num_heads: int) -> Tensor:
@@ -74,24 +65,6 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__(nn.LayerNorm(d_model), nn.Linear(d_model, d_ff), nn.SiLU(), nn.Linear(d_ff, d_model))
-
-
-class MoLEFeedForward(nn.Module):
-    """The MoLE block: a language expert and the agnostic expert, mixed by the language tokenizer's reliability.
-
-    y = r E_language(x) + (1 - r) E_agnostic(x); see `mole_asr.moe.routers.LanguageRouter` for what is our
-    interpretation of MoLE (arXiv 2302.13750) in it.
-    """
-
-    def __init__(self, d_model: int, d_ff: int, num_languages: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(d_model)
-        self.moe = MoELayer(d_model, d_ff, num_languages, shared_expert=True)
-
-    def forward(self, x_BTD: Tensor, frames: Frames, plan: RoutingPlan) -> Tensor:
-        """Computes valid frames; padding comes out zero."""
-        y_BTD, _ = self.moe(self.norm(x_BTD), plan=plan, rows=frames.rows)
-        return y_BTD
 
 
 class SelfAttention(nn.Module):
@@ -138,38 +111,42 @@ class Convolution(nn.Module):
 
 
 class ConformerBlock(nn.Module):
-    """Half feed-forward, self-attention, convolution, half feed-forward (dense, or a MoLE block), LayerNorm.
+    """Half feed-forward, self-attention, convolution, half feed-forward (dense, or of experts), LayerNorm.
 
     Args:
         d_model: D.
-        d_ff: F, of each feed-forward part and each expert.
+        d_ff: F.
         num_heads: H.
         kernel_size: of the depthwise convolution, odd.
         dropout: of each part's output.
-        num_languages: makes the second feed-forward part a MoLE block with so many language experts; 0: dense.
+        feed_forward_out: the second feed-forward part; None: dense, of width F.
     """
 
     def __init__(
-        self, d_model: int, d_ff: int, num_heads: int, kernel_size: int, dropout: float, num_languages: int = 0
+        self,
+        d_model: int,
+        d_ff: int,
+        num_heads: int,
+        kernel_size: int,
+        dropout: float,
+        feed_forward_out: FeedForward | MixtureFeedForward | None = None,
     ) -> None:
         super().__init__()
         self.feed_forward_in = FeedForward(d_model, d_ff)
         self.attention = SelfAttention(d_model, num_heads)
         self.convolution = Convolution(d_model, kernel_size)
-        self.feed_forward_out: nn.Module = (
-            MoLEFeedForward(d_model, d_ff, num_languages) if num_languages else FeedForward(d_model, d_ff)
-        )
+        self.feed_forward_out = FeedForward(d_model, d_ff) if feed_forward_out is None else feed_forward_out
         self.norm = nn.LayerNorm(d_model)
         self.dropout = UtteranceDropout(dropout)
 
-    def forward(self, x_BTD: Tensor, frames: Frames, plan: RoutingPlan | None) -> Tensor:
-        """Transforms x_BTD; `plan` is needed by a MoLE block only."""
+    def forward(self, x_BTD: Tensor, frames: Frames, decision: Decision | None) -> Tensor:
+        """Transforms x_BTD; `decision` is needed by a mixture of experts only."""
         x_BTD = x_BTD + 0.5 * self.dropout(self.feed_forward_in(x_BTD))
         x_BTD = x_BTD + self.dropout(self.attention(x_BTD, frames))
         x_BTD = x_BTD + self.dropout(self.convolution(x_BTD, frames))
-        if isinstance(self.feed_forward_out, MoLEFeedForward):
-            assert plan is not None, "a MoLE block stands before the language tokenizer"
-            y_BTD = self.feed_forward_out(x_BTD, frames, plan)
+        if isinstance(self.feed_forward_out, MixtureFeedForward):
+            assert decision is not None, "a MoLE block stands before the language tokenizer"
+            y_BTD = self.feed_forward_out(x_BTD, frames, decision)
         else:
             y_BTD = self.feed_forward_out(x_BTD)
         return self.norm(x_BTD + 0.5 * self.dropout(y_BTD))

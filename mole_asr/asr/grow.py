@@ -1,23 +1,33 @@
 """Grow a trained model to more token pieces and more languages; what it knew keeps its place and its weights."""
 
+from dataclasses import replace
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+from mole_asr.asr.mixture import MixtureConfig
 from mole_asr.asr.model import MoleModel
+from mole_asr.corpus.families import family_of
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
 
-# Where, in which dimension, and with which value the new rows of a parameter start. A new language's expert starts
-# as a copy of the agnostic expert, which heard all languages; a new piece starts so unlikely that the old ones keep
-# their probabilities until it is trained.
+Config = TypeVar("Config", bound=MixtureConfig)
+
+# Where, in which dimension, and with which value the new rows of a parameter start: a new piece starts so unlikely that
+# the old ones keep their probabilities until it is trained.
 _VOCABULARY = {"ctc.weight": 0, "ctc.bias": 0, "condition.weight": 1}
 _NEW_PIECE_BIAS = -10.0
-_LANGUAGES = ("language_tokenizer.languages.weight", "language_tokenizer.languages.bias")
+# A new language's expert starts as a copy of the agnostic expert, which heard all languages.
 _EXPERTS = {"w1_EFD": "shared_w1_FD", "b1_EF": "shared_b1_F", "w2_EDF": "shared_w2_DF", "b2_ED": "shared_b2_D"}
 
 
 def grow_model(
-    model: MoleModel, tokenizer: TextTokenizer, new_tokenizer: TextTokenizer, new_languages: list[str]
+    model: MoleModel,
+    tokenizer: TextTokenizer,
+    new_tokenizer: TextTokenizer,
+    new_languages: list[str],
+    expert_of: dict[str, str] | None = None,
 ) -> MoleModel:
     """Makes a model with the old weights and room for new pieces and languages.
 
@@ -26,6 +36,8 @@ def grow_model(
         tokenizer: its text tokenizer.
         new_tokenizer: the same or one that `mole-asr tokenizer extend` made of it.
         new_languages: codes; those the model has must come first, in its order.
+        expert_of: for a new language the name of the expert that it shares (a language's code or a family's, as in
+            `model.mixture.expert_names`); by default that of its family where there is one, else a new expert.
 
     Raises:
         MoleError: old ids or languages would change their meaning.
@@ -40,23 +52,71 @@ def grow_model(
         raise MoleError(
             f"data.languages: {new_languages} must begin with those of the model to start from, {model.languages}"
         )
-    grown = MoleModel(model.config, new_languages, new_tokenizer.vocab_size)
-    old_state, new_state = model.state_dict(), grown.state_dict()
-    for name, new in new_state.items():
-        old = old_state[name]
-        if old.shape == new.shape:
-            new.copy_(old)
-        elif name in _VOCABULARY:
-            _copy_into(new.fill_(_NEW_PIECE_BIAS if name == "ctc.bias" else 0.0), old, _VOCABULARY[name])
-        elif name in _LANGUAGES:
-            _copy_into(new, old, 0)
-        else:
-            prefix, _, leaf = name.rpartition(".")
-            new.copy_(old_state[f"{prefix}.{_EXPERTS[leaf]}"].expand_as(new))
-            _copy_into(new, old, 0)
+    config = grown_config(model.config, model.languages, new_languages, expert_of or {})
+    grown = MoleModel(config, new_languages, new_tokenizer.vocab_size)
+    old_state = model.state_dict()
+    for name, new in grown.state_dict().items():
+        grow_tensor(name, new, old_state, config.num_experts if config.mixture == "group" else 1)
     return grown
 
 
+def grown_config(config: Config, languages: list[str], new_languages: list[str], expert_of: dict[str, str]) -> Config:
+    """The config of a model of more languages: it says which expert each has.
+
+    Args:
+        config: of the old model.
+        languages: of the old model.
+        new_languages: of the new one, the old ones first.
+        expert_of: as of `grow_model`.
+
+    Raises:
+        MoleError: `expert_of` gives an old language another expert, or names an expert that is not there.
+    """
+    names = dict(zip(languages, config.expert_names(languages), strict=True))
+    of_families = any(name not in names for name in names.values())
+    for code in new_languages[len(languages) :]:
+        own = family_of(code) if of_families else code
+        names[code] = family_of(code) if family_of(code) in names.values() else own
+    for code, name in expert_of.items():
+        if code in languages or code not in names:
+            raise MoleError(
+                f"expert_of: {code} is no new language; new are {', '.join(new_languages[len(languages) :])}"
+            )
+        if name not in config.expert_names(languages):
+            known = ", ".join(dict.fromkeys(config.expert_names(languages)))
+            raise MoleError(f"expert_of: the model has no expert {name!r}; it has {known}")
+        names[code] = name
+    if all(code == name for code, name in names.items()):
+        return config
+    return replace(config, expert_of=names)
+
+
 @torch.no_grad()
-def _copy_into(new: Tensor, old: Tensor, dim: int) -> None:
+def grow_tensor(name: str, new: Tensor, old_state: dict[str, Tensor], group: int = 1) -> None:
+    """Fills a parameter of a grown model in place: the old rows first, and behind them what is sensible to start from.
+
+    Args:
+        name: of the parameter.
+        new: the parameter.
+        old_state: parameters of the old model.
+        group: experts that a language has.
+    """
+    old = old_state[name]
+    if old.shape == new.shape:
+        new.copy_(old)
+        return
+    leaf = name.rpartition(".")[2]
+    shared = old_state.get(f"{name.rpartition('.')[0]}.{_EXPERTS.get(leaf)}")
+    dim = _VOCABULARY.get(name, 0)
+    if name in _VOCABULARY:
+        new.fill_(_NEW_PIECE_BIAS if name == "ctc.bias" else 0.0)
+    elif leaf in _EXPERTS and shared is not None:
+        new.copy_(shared.expand_as(new))
+    elif leaf in _EXPERTS or ".router." in name:
+        # No expert heard all languages: their mean did (a language's first expert from the first experts, and so on).
+        mean = old.unflatten(0, (-1, group)).mean(0)
+        new.copy_(mean.repeat(len(new) // group, *[1] * (new.ndim - 1)))
+    elif name.endswith("language_embedding.weight"):
+        new.copy_(old.mean(0).expand_as(new))
+    # Else the language tokenizer: new languages keep their random rows.
     new.narrow(dim, 0, old.shape[dim]).copy_(old)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mole_asr.asr.model import EncoderConfig, ModelOutput
+from mole_asr.asr.mixture import Decision
+from mole_asr.asr.model import ModelOutput
 from mole_asr.corpus.batch import Batch
-from mole_asr.moe.losses import language_loss, reliability_loss
+from mole_asr.moe.losses import language_loss, load_balance_loss, reliability_loss
 
 
 def ctc_loss(log_probs_BTV: Tensor, lengths_B: Tensor, batch: Batch) -> Tensor:
@@ -28,23 +29,37 @@ def ctc_loss(log_probs_BTV: Tensor, lengths_B: Tensor, batch: Batch) -> Tensor:
     return total / batch.label_lengths_B.sum().clamp(min=1)
 
 
-def losses(output: ModelOutput, batch: Batch, config: EncoderConfig) -> dict[str, Tensor]:
-    """All losses of a batch by name: ctc, intermediate_ctc, language and, where trained, reliability.
+def mixture_losses(decision: Decision, languages_B: Tensor) -> dict[str, Tensor]:
+    """Losses of the mixture of experts by name: language and, where they train something, reliability and balance.
+
+    Args:
+        decision: of a forward in training.
+        languages_B: int64 true languages, -1 where unknown.
+    """
+    context = decision.context
+    logits, rows = context.language_logits, context.rows
+    assert logits is not None
+    named = {"language": language_loss(logits, languages_B, rows)}
+    if context.reliability_logits is not None:
+        if decision.families is not None:
+            logits, languages_B = decision.families.logits(logits), decision.families.of(languages_B)
+        named["reliability"] = reliability_loss(context.reliability_logits, logits, languages_B, rows)
+    # A plan of the language is supervised: balance comes from how languages are sampled.
+    unsupervised = [plan for plan in decision.plans if decision.plan is None]
+    if unsupervised:
+        named["balance"] = torch.stack([load_balance_loss(plan) for plan in unsupervised]).mean()
+    return named
+
+
+def losses(output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+    """All losses of a batch by name: ctc, where there are intermediate heads intermediate_ctc, those of the mixture.
 
     Args:
         output: of the model, in training.
         batch: the same batch.
-        config: of the model.
     """
-    by_frame = config.routing_unit == "frame"
-    evidence, rows = output.evidence, output.frames.rows
-    logits = evidence.evidence_BTN if by_frame else evidence.logits_BN
     named = {"ctc": ctc_loss(output.log_probs_BTV, output.lengths_B, batch)}
     if output.intermediate_log_probs_BTV:
         each = [ctc_loss(log_probs, output.lengths_B, batch) for log_probs in output.intermediate_log_probs_BTV]
         named["intermediate_ctc"] = torch.stack(each).mean()
-    named["language"] = language_loss(logits, batch.languages_B, rows)
-    heads = evidence.reliability_logits_BT if by_frame else evidence.reliability_logits_B
-    if heads is not None:
-        named["reliability"] = reliability_loss(heads, logits, batch.languages_B, rows)
-    return named
+    return named | mixture_losses(output.decision, batch.languages_B)

@@ -7,22 +7,22 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from mole_asr.asr.conformer import ConformerBlock, Frames
-from mole_asr.asr.language_tokenizer import LanguageEvidence, LanguageTokenizer
+from mole_asr.asr.conformer import ConformerBlock, FeedForward, Frames
+from mole_asr.asr.language_tokenizer import LanguageEvidence
+from mole_asr.asr.mixture import Decision, ExpertMixture, MixtureConfig, MixtureFeedForward, refuse
 from mole_asr.asr.subsampling import Subsampling
 from mole_asr.audio.features import FRAME_SHIFT_S, SUBSAMPLING, LogMel
 from mole_asr.errors import MoleError
 from mole_asr.moe.plan import RoutingPlan
-from mole_asr.moe.routers import LanguageRouter, Reliability, Routing, RoutingContext
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
-    """Sizes and switches of the model; the defaults are those of the five-language demo.
+class EncoderConfig(MixtureConfig):
+    """Sizes of the model, beside the switches of its MoLE blocks; the defaults are those of the five-language demo.
 
     Attributes:
         d_model: D, width of the residual stream.
-        d_ff: width of each feed-forward part and of each expert.
+        d_ff: width of each feed-forward part, and of each expert if `expert_d_ff` does not say.
         num_blocks: Conformer blocks.
         num_mole_blocks: how many of them, at the top, are MoLE blocks; 0 makes a dense model.
         language_tokenizer_block: blocks that the language tokenizer listens behind.
@@ -32,10 +32,6 @@ class EncoderConfig:
         num_mels: F.
         intermediate_ctc_blocks: blocks behind which the CTC head is asked too; its answer goes back into the stream
             (self-conditioned CTC, Nozaki & Komatsu, 2021).
-        routing_unit: "utterance" or "frame" (for code-switching).
-        reliability: definition of r: "max_posterior", "entropy", "sigmoid" or "gumbel"; "one" and "zero" are ablations.
-        temperature: of the language posterior.
-        routing: "predicted", "true" or "scheduled" (from the true to the predicted language over the training).
     """
 
     d_model: int = 192
@@ -48,12 +44,9 @@ class EncoderConfig:
     dropout: float = 0.05
     num_mels: int = 80
     intermediate_ctc_blocks: tuple[int, ...] = (2,)
-    routing_unit: str = "utterance"
-    reliability: Reliability = "max_posterior"
-    temperature: float = 1.0
-    routing: Routing = "scheduled"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         dense = self.num_blocks - self.num_mole_blocks
         sizes = (self.d_model, self.d_ff, self.num_blocks, self.num_heads, self.kernel_size, self.num_mels)
         if min(sizes) < 1:
@@ -62,7 +55,6 @@ class EncoderConfig:
             )
         problems = [
             (not 0 <= self.dropout < 1, f"dropout: {self.dropout:g} must be from 0 to below 1"),
-            (self.temperature <= 0, f"temperature: {self.temperature:g} must be positive"),
             (self.num_mole_blocks < 0, f"num_mole_blocks: {self.num_mole_blocks} must not be negative"),
             (self.d_model % self.num_heads != 0, f"d_model: {self.d_model} is no multiple of num_heads"),
             (self.kernel_size % 2 == 0, f"kernel_size: {self.kernel_size} must be odd"),
@@ -75,11 +67,8 @@ class EncoderConfig:
                 any(not 0 < block < self.num_blocks for block in self.intermediate_ctc_blocks),
                 f"intermediate_ctc_blocks: {self.intermediate_ctc_blocks} must be between 1 and num_blocks - 1",
             ),
-            (self.routing_unit not in ("utterance", "frame"), f"routing_unit: {self.routing_unit!r} is unknown"),
         ]
-        for is_wrong, message in problems:
-            if is_wrong:
-                raise MoleError(f"model.encoder.{message}; change it in the config")
+        refuse(problems)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,20 +78,31 @@ class ModelOutput:
     Attributes:
         log_probs_BTV: float32 token log-probabilities; id 0 is the blank.
         lengths_B: int64, frames.
-        intermediate_log_probs_BTV: of the intermediate CTC heads, lowest first.
-        evidence: of the language tokenizer.
-        plan: of the MoLE blocks.
-        reliability_B: float32 r of each utterance (mean over its frames where routing is frame-wise).
+        decision: of the mixture: what the language tokenizer heard, and the plans of the MoLE blocks.
         frames: the padded batch's description.
+        intermediate_log_probs_BTV: of the intermediate CTC heads, lowest first.
     """
 
     log_probs_BTV: Tensor
     lengths_B: Tensor
-    evidence: LanguageEvidence
-    plan: RoutingPlan
-    reliability_B: Tensor
+    decision: Decision
     frames: Frames
     intermediate_log_probs_BTV: list[Tensor] = field(default_factory=list)
+
+    @property
+    def evidence(self) -> LanguageEvidence:
+        """What the language tokenizer heard."""
+        return self.decision.evidence
+
+    @property
+    def plan(self) -> RoutingPlan:
+        """The language router's plan: that of the MoLE blocks, where the language chooses the experts."""
+        return self.decision.heard
+
+    @property
+    def reliability_B(self) -> Tensor:
+        """float32 r of each utterance (mean over its frames where the language is decided a frame)."""
+        return self.decision.reliability_B
 
     @property
     def language_logits_BN(self) -> Tensor:
@@ -128,34 +128,35 @@ class MoleModel(nn.Module):
 
     Args:
         config: sizes and switches.
-        languages: codes; language n has expert n.
+        languages: codes, in the order of the language logits.
         vocab_size: V, blank included.
     """
 
     def __init__(self, config: EncoderConfig, languages: list[str], vocab_size: int) -> None:
         super().__init__()
-        self.config, self.languages, self.vocab_size = config, list(languages), vocab_size
+        self.config = config = config.spelled_out(languages)
+        self.languages, self.vocab_size = list(languages), vocab_size
         self.frame_shift_s = SUBSAMPLING * FRAME_SHIFT_S
         D = config.d_model
         self.log_mel = LogMel(config.num_mels)
         self.feature_augment: nn.Module | None = None
         self.subsampling = Subsampling(config.num_mels, D)
-        first_mole_block = config.num_blocks - config.num_mole_blocks
-        self.blocks = nn.ModuleList(
-            ConformerBlock(
-                D,
-                config.d_ff,
-                config.num_heads,
-                config.kernel_size,
-                config.dropout,
-                num_languages=len(languages) if index >= first_mole_block else 0,
-            )
-            for index in range(config.num_blocks)
-        )
-        self.language_tokenizer = LanguageTokenizer(D, len(languages), reliability=config.reliability == "sigmoid")
-        self.router = LanguageRouter(len(languages), config.reliability, config.temperature, config.routing)
+        self.mixture = ExpertMixture(config, languages, D)
+        dense = config.num_blocks - config.num_mole_blocks
+        self.blocks = nn.ModuleList(self._block(upper=index >= dense) for index in range(config.num_blocks))
         self.ctc = CTCHead(D, vocab_size)
         self.condition = nn.Linear(vocab_size, D) if config.intermediate_ctc_blocks else None
+
+    def _block(self, upper: bool) -> ConformerBlock:
+        config = self.config
+        out: FeedForward | MixtureFeedForward | None = None
+        if upper and config.mixture == "dense":
+            out = FeedForward(config.d_model, config.expert_d_ff or config.d_ff)
+        elif upper:
+            out = self.mixture.make_layer(config.d_ff)
+        return ConformerBlock(
+            config.d_model, config.d_ff, config.num_heads, config.kernel_size, config.dropout, feed_forward_out=out
+        )
 
     def language_posterior(self, logits: Tensor) -> Tensor:
         """softmax(z / temperature) over the last dimension, as the router takes it; float32."""
@@ -183,44 +184,15 @@ class MoleModel(nn.Module):
         x_BTD, lengths_B = self.subsampling(features_BTF, frames_B)
         frames = Frames.of(lengths_B, x_BTD.shape[1], self.config.num_heads)
 
-        def route(x_BTD: Tensor) -> tuple[LanguageEvidence, RoutingPlan]:
-            evidence = self.language_tokenizer(x_BTD, lengths_B, frames.valid_BT)
-            by_frame = self.config.routing_unit == "frame"
-            context = RoutingContext(
-                rows=frames.rows,
-                language_logits=evidence.evidence_BTN if by_frame else evidence.logits_BN,
-                languages_B=languages_B,
-                true_probability=true_probability,
-                reliability_logits=evidence.reliability_logits_BT if by_frame else evidence.reliability_logits_B,
-                routing=None if self.training else "true",
-            )
-            return evidence, self.router(None, context)
-
-        plan, intermediate_log_probs_BTV = None, []
+        decision, intermediate_log_probs_BTV = None, []
         for index, block in enumerate(self.blocks):
             if index == self.config.language_tokenizer_block:
-                evidence, plan = route(x_BTD)
-            x_BTD = block(x_BTD, frames, plan)
+                x_BTD, decision = self.mixture(x_BTD, frames, languages_B, true_probability)
+            x_BTD = block(x_BTD, frames, decision)
             if index + 1 in self.config.intermediate_ctc_blocks and self.condition is not None:
                 log_probs_BTV = self.ctc(x_BTD)
                 intermediate_log_probs_BTV.append(log_probs_BTV)
                 x_BTD = x_BTD + self.condition(log_probs_BTV.exp())
-        if plan is None:
-            evidence, plan = route(x_BTD)
-        return ModelOutput(
-            log_probs_BTV=self.ctc(x_BTD),
-            lengths_B=lengths_B,
-            evidence=evidence,
-            plan=plan,
-            reliability_B=_by_utterance(plan.aux["reliability"].float(), plan, frames),
-            frames=frames,
-            intermediate_log_probs_BTV=intermediate_log_probs_BTV,
-        )
-
-
-def _by_utterance(values_U: Tensor, plan: RoutingPlan, frames: Frames) -> Tensor:
-    """The value [B] of each utterance; the mean over its frames where routing is frame-wise."""
-    if plan.layout == "segment":
-        return values_U
-    sums_B = values_U.new_zeros(len(frames.lengths_B)).index_add(0, frames.rows.utterance_of_row, values_U)
-    return sums_B / frames.lengths_B.clamp(min=1)
+        if decision is None:
+            x_BTD, decision = self.mixture(x_BTD, frames, languages_B, true_probability)
+        return ModelOutput(self.ctc(x_BTD), lengths_B, decision, frames, intermediate_log_probs_BTV)

@@ -131,12 +131,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizer(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float) -> Muon:
-    """Muon for every matrix inside the blocks, experts too; AdamW for heads, convolutions, norms and biases."""
+    """Muon for every matrix inside the blocks, experts too; AdamW for routers, heads, norms, biases and the rest."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = ".blocks." in f".{name}"
-        is_matrix = parameter.ndim == 2 and name.endswith("weight")
+        is_matrix = parameter.ndim == 2 and name.endswith("weight") and ".router." not in name
         is_expert = name.split(".")[-1] in ("w1_EFD", "w2_EDF", "shared_w1_FD", "shared_w2_DF")
         (matrices if inside and (is_matrix or is_expert) else others).append(parameter)
     return Muon(matrices, others, lr=lr, adamw_lr=adamw_lr, weight_decay=weight_decay)

@@ -30,12 +30,14 @@ class LossWeights:
         intermediate_ctc: mean over the intermediate heads.
         language: cross-entropy of the language tokenizer (MoLE's lambda; ours to start from is 0.1).
         reliability: of the reliability head, where it is trained.
+        balance: evenness of the load, where routers choose experts by themselves (Switch's alpha is 0.01).
     """
 
     ctc: float = 0.7
     intermediate_ctc: float = 0.3
     language: float = 0.1
     reliability: float = 0.1
+    balance: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class MoleTask(LightningModule):
             self.model = MoleModel(encoder, languages, self.text_tokenizer.vocab_size)
         else:
             old, old_tokenizer = load_model(Path(init_from))
-            if encoder not in (EncoderConfig(), old.config):
+            if encoder != EncoderConfig() and encoder.spelled_out(old.languages) != old.config:
                 raise MoleError(
                     "model.encoder: with model.init_from, sizes are those of the old model; leave the keys out"
                 )
@@ -115,7 +117,7 @@ class MoleTask(LightningModule):
         scheduled_steps = self.scheduled_share * self.trainer.estimated_stepping_batches
         true_probability = max(0.0, 1 - self.global_step / scheduled_steps) if scheduled_steps > 0 else 0.0
         output = self.model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B, true_probability)
-        named = losses(output, batch, self.model.config)
+        named = losses(output, batch)
         total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))
         self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=len(batch))
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))

@@ -121,7 +121,7 @@ def _route(recogniser: "MoleModel", audio_S: "Tensor") -> dict[str, tuple["Tenso
             ("frame", evidence.evidence_BTN, evidence.reliability_logits_BT),
         ):
             context = RoutingContext(rows, logits, reliability_logits=reliability_logits)
-            plan = recogniser.router(None, context).to_token_layout(rows.num_rows)
+            plan = recogniser.mixture.language_router(None, context).to_token_layout(rows.num_rows)
             found[unit] = (expert_counts(plan.expert_ids, plan.num_experts), float(plan.gates.sum()))
     return found
 

@@ -5,36 +5,52 @@ from mole_asr.asr.conformer import (
     ConformerBlock,
     Convolution,
     Frames,
-    MoLEFeedForward,
     SelfAttention,
     UtteranceDropout,
     attention_bias,
 )
+from mole_asr.asr.language_tokenizer import LanguageEvidence
+from mole_asr.asr.mixture import Decision, MixtureFeedForward
 from mole_asr.audio.features import valid_mask
+from mole_asr.moe.layer import MoELayer
 from mole_asr.moe.plan import RoutingPlan
+from mole_asr.moe.routers import RoutingContext
 
 D, HEADS = 8, 2
 LENGTHS_B = torch.tensor([3, 11, 7])
 
 
-def plan(frames: Frames, by_frame: bool, languages: int = 3) -> RoutingPlan:
+def mole(languages: int) -> MixtureFeedForward:
+    return MixtureFeedForward(D, MoELayer(D, 12, languages, shared_expert=True))
+
+
+def decided(frames: Frames, plan: RoutingPlan) -> Decision:
+    """A decision that was taken without hearing anything."""
+    nothing = LanguageEvidence(torch.zeros(0), torch.zeros(0))
+    return Decision(nothing, plan, RoutingContext(frames.rows), plan)
+
+
+def plan(frames: Frames, by_frame: bool, languages: int = 3) -> Decision:
     """Utterance n (or each of its frames) goes to expert n with r = 0.7."""
     units = frames.rows.utterance_of_row if by_frame else torch.arange(len(frames.lengths_B))
     r_U = torch.full((len(units),), 0.7)
-    return RoutingPlan(
-        expert_ids=units.int()[:, None],
-        gates=r_U[:, None],
-        num_experts=languages,
-        layout="token" if by_frame else "segment",
-        segments=None if by_frame else frames.rows.segments_B1,
-        shared_gates=1 - r_U,
+    return decided(
+        frames,
+        RoutingPlan(
+            expert_ids=units.int()[:, None],
+            gates=r_U[:, None],
+            num_experts=languages,
+            layout="token" if by_frame else "segment",
+            segments=None if by_frame else frames.rows.segments_B1,
+            shared_gates=1 - r_U,
+        ),
     )
 
 
 @pytest.mark.parametrize("by_frame", [None, False, True], ids=["dense", "utterance", "frame"])
 def test_padding_reaches_no_valid_frame_of_a_block(by_frame: bool | None) -> None:
     torch.manual_seed(0)
-    block = ConformerBlock(D, 12, HEADS, kernel_size=5, dropout=0.1, num_languages=0 if by_frame is None else 3).eval()
+    block = ConformerBlock(D, 12, HEADS, 5, dropout=0.1, feed_forward_out=None if by_frame is None else mole(3)).eval()
     x_BTD = torch.randn(3, 11, D)
     frames = Frames.of(LENGTHS_B, 11, HEADS)
     routing = None if by_frame is None else plan(frames, by_frame)
@@ -62,7 +78,7 @@ def test_padding_reaches_no_valid_frame_of_a_part(part: torch.nn.Module) -> None
 @pytest.mark.parametrize("by_frame", [False, True], ids=["utterance", "frame"])
 def test_nan_in_padding_does_not_reach_a_mole_block(by_frame: bool) -> None:
     frames = Frames.of(LENGTHS_B, 11, HEADS)
-    block, x_BTD = MoLEFeedForward(D, 12, 3), torch.randn(3, 11, D)
+    block, x_BTD = mole(3), torch.randn(3, 11, D)
     poisoned_BTD = x_BTD.masked_fill(~frames.valid_BT[:, :, None], float("nan"))
     y_BTD = block(poisoned_BTD, frames, plan(frames, by_frame))
     assert torch.isfinite(y_BTD).all()
@@ -74,21 +90,18 @@ def test_nan_in_padding_does_not_reach_a_mole_block(by_frame: bool) -> None:
 
 def test_mole_block_mixes_its_two_experts_by_reliability() -> None:
     frames = Frames.of(torch.tensor([4]), 4, HEADS)
-    block, x_BTD = MoLEFeedForward(D, 12, 1), torch.randn(1, 4, D)
+    block, x_BTD = mole(1), torch.randn(1, 4, D)
 
     def routed(r: float) -> torch.Tensor:
-        return block(
-            x_BTD,
-            frames,
-            RoutingPlan(
-                expert_ids=torch.zeros(1, 1, dtype=torch.int32),
-                gates=torch.tensor([[r]]),
-                num_experts=1,
-                layout="segment",
-                segments=frames.rows.segments_B1,
-                shared_gates=torch.tensor([1 - r]),
-            ),
+        plan = RoutingPlan(
+            expert_ids=torch.zeros(1, 1, dtype=torch.int32),
+            gates=torch.tensor([[r]]),
+            num_experts=1,
+            layout="segment",
+            segments=frames.rows.segments_B1,
+            shared_gates=torch.tensor([1 - r]),
         )
+        return block(x_BTD, frames, decided(frames, plan))
 
     torch.testing.assert_close(routed(0.3), 0.3 * routed(1.0) + 0.7 * routed(0.0))
     assert (routed(1.0) - routed(0.0)).abs().max() > 1e-3

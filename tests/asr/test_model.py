@@ -119,7 +119,7 @@ def test_intermediate_heads(make_model: Callable[..., MoleModel], batch: Batch, 
     output = run(model, batch, languages=True)
     assert len(output.intermediate_log_probs_BTV) == heads
     assert (model.condition is not None) == (heads > 0)
-    named = losses(output, batch, model.config)
+    named = losses(output, batch)
     assert ("intermediate_ctc" in named) == (heads > 0)
     sum(named.values()).backward()
     assert torch.isfinite(model.ctc.weight.grad).all()
@@ -134,8 +134,8 @@ def test_without_mole_blocks_the_language_is_heard_all_the_same(
         assert not [name for name, _ in model.named_parameters() if "expert" in name]
         output = run(model, batch, languages=True)
         assert output.language_logits_BN.shape == (4, 3)
-        sum(losses(output, batch, model.config).values()).backward()
-        assert model.language_tokenizer.languages.weight.grad.abs().sum() > 0
+        sum(losses(output, batch).values()).backward()
+        assert model.mixture.language_tokenizer.languages.weight.grad.abs().sum() > 0
 
 
 def test_mole_blocks_only(make_model: Callable[..., MoleModel], batch: Batch) -> None:
@@ -165,7 +165,7 @@ def test_recognition_alone_teaches_the_language_tokenizer_through_r(
     model = make_model(routing_unit=unit, reliability=reliability, routing="predicted")
     output = run(model, batch)
     ctc_loss(output.log_probs_BTV, output.lengths_B, batch).backward()
-    tokenizer = model.language_tokenizer
+    tokenizer = model.mixture.language_tokenizer
 
     def taught(module: torch.nn.Module | None) -> bool:
         return module is not None and module.weight.grad is not None and bool(module.weight.grad.abs().sum() > 0)
@@ -185,7 +185,7 @@ def test_losses_by_name(make_model: Callable[..., MoleModel], batch: Batch, unit
         ("sigmoid", {"ctc", "intermediate_ctc", "language", "reliability"}),
     ]:
         model = make_model(routing_unit=unit, reliability=reliability)
-        named = losses(run(model, batch, languages=True), batch, model.config)
+        named = losses(run(model, batch, languages=True), batch)
         assert set(named) == names
         assert all(loss.ndim == 0 and torch.isfinite(loss) and loss > 0 for loss in named.values())
 
@@ -212,7 +212,7 @@ def test_unknown_languages_and_empty_texts_do_no_harm(make_model: Callable[..., 
     batch.audio_BS = torch.zeros(1, 16000)
     batch.audio_lengths_B, batch.languages_B = torch.tensor([16000]), torch.tensor([-1])
     batch.labels_BU, batch.label_lengths_B = torch.zeros(1, 0, dtype=torch.int64), torch.tensor([0])
-    named = losses(run(model, batch, languages=True), batch, model.config)
+    named = losses(run(model, batch, languages=True), batch)
     sum(named.values()).backward()
     assert named["language"].item() == named["reliability"].item() == 0
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

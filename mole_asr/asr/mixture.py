@@ -1,0 +1,291 @@
+"""Who computes what in the upper blocks: the language tokenizer, the routers and the layers of experts.
+
+It stands on any encoder that has a stream of frames: the Conformer of `model.py`, or a pretrained one. The encoder
+calls an `ExpertMixture` once, behind an early layer, and hands the `Decision` it gets to its `MixtureFeedForward`s.
+
+Letters: B batch, T frames, D model width, N languages, F expert width, U units (utterances or valid frames).
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mole_asr.asr.language_tokenizer import LanguageEvidence, LanguageTokenizer
+from mole_asr.audio.features import valid_mask
+from mole_asr.corpus.families import family_of
+from mole_asr.errors import MoleError
+from mole_asr.moe.experts import Activation
+from mole_asr.moe.layer import MoELayer
+from mole_asr.moe.plan import RoutingPlan
+from mole_asr.moe.routers import (
+    Families,
+    LanguageGroupRouter,
+    LanguageRouter,
+    Reliability,
+    Router,
+    Routing,
+    RoutingContext,
+    TopKRouter,
+)
+from mole_asr.moe.routers.language import routed_language, units_of
+from mole_asr.moe.rows import PackedRows
+
+Mixture = Literal["language", "group", "switch", "omni", "dense"]
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """What the upper blocks are: MoLE, one of its rivals, or dense.
+
+    Attributes:
+        mixture: who chooses the experts of the MoLE blocks. "language": the language tokenizer, mixed with an agnostic
+            expert by reliability (MoLE), or alone (reliability "one"; with routing_unit "frame" that is LR-MoE, arXiv
+            2307.05956). "group": the language tokenizer a group of experts, and a router of the layer the best in it
+            (DLG-MoE, arXiv 2407.18581). "switch": a router of the layer (Switch, arXiv 2101.03961). "omni": one router
+            for all layers (Omni-router, arXiv 2507.05724). "dense": nobody; there is one feed-forward part.
+        expert_d_ff: width of each expert, or of the one feed-forward part; null: that of the other feed-forward parts.
+        expert_of: with "language": "language" gives each language an expert of its own, "family" each family of
+            `corpus/families.py`; or, for each language, a name: those of one name share an expert.
+        num_experts: with "switch" and "omni" the experts of a layer, with "group" those of a language.
+        top_k: with "switch", "omni" and "group", how many of them compute a frame.
+        routing_unit: "utterance" or "frame" (for code-switching): what the language is decided for.
+        reliability: definition of r: "max_posterior", "entropy", "sigmoid" or "gumbel"; "one" and "zero" are ablations.
+        temperature: of the language posterior.
+        routing: "predicted", "true" or "scheduled" (from the true to the predicted language over the training).
+        language_probe: the language tokenizer only listens: its losses do not shape the encoder.
+        language_embedding: adds a learned vector of the language to the stream, behind the language tokenizer: the true
+            language with routing "true" (an oracle), and where none is given the predicted one.
+    """
+
+    mixture: Mixture = "language"
+    expert_d_ff: int | None = None
+    expert_of: str | dict[str, str] = "language"
+    num_experts: int = 5
+    top_k: int = 1
+    routing_unit: str = "utterance"
+    reliability: Reliability = "max_posterior"
+    temperature: float = 1.0
+    routing: Routing = "scheduled"
+    language_probe: bool = False
+    language_embedding: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            MoleError: one is wrong; the message names it.
+        """
+        families = self.expert_of if isinstance(self.expert_of, str) else "language"
+        problems = [
+            (self.mixture not in get_args(Mixture), f"mixture: {self.mixture!r} is unknown"),
+            (
+                self.expert_d_ff is not None and self.expert_d_ff < 1,
+                f"expert_d_ff: {self.expert_d_ff} must be positive",
+            ),
+            (families not in ("language", "family"), f"expert_of: {self.expert_of!r} is unknown"),
+            (
+                not 1 <= self.top_k <= self.num_experts,
+                f"top_k: {self.top_k} must be 1..{self.num_experts}, the num_experts",
+            ),
+            (self.routing_unit not in ("utterance", "frame"), f"routing_unit: {self.routing_unit!r} is unknown"),
+            (self.temperature <= 0, f"temperature: {self.temperature:g} must be positive"),
+        ]
+        refuse(problems)
+
+    def expert_names(self, languages: list[str]) -> list[str]:
+        """The name of each language's expert; languages of one name share it."""
+        if self.expert_of == "family":
+            return [family_of(code) for code in languages]
+        names = self.expert_of if isinstance(self.expert_of, dict) else {}
+        return [names.get(code, code) for code in languages]
+
+    def spelled_out(self, languages: list[str]) -> Self:
+        """The same config with the expert of each language named, so that it does not depend on our table."""
+        if self.expert_of == "language":
+            return self
+        return replace(self, expert_of=dict(zip(languages, self.expert_names(languages), strict=True)))
+
+
+def refuse(problems: list[tuple[bool, str]]) -> None:
+    """Raises a MoleError for the first (is wrong, message) that is wrong."""
+    for is_wrong, message in problems:
+        if is_wrong:
+            raise MoleError(f"model.encoder.{message}; change it in the config")
+
+
+@dataclass(frozen=True)
+class PaddedFrames:
+    """Which frames of a padded batch are valid, worked out once.
+
+    Attributes:
+        lengths_B: int64.
+        valid_BT: bool.
+        rows: the packing of the valid frames.
+    """
+
+    lengths_B: Tensor
+    valid_BT: Tensor
+    rows: PackedRows
+
+    @classmethod
+    def of_lengths(cls, lengths_B: Tensor, size: int) -> "PaddedFrames":
+        """Describes a batch of utterances padded to `size` frames."""
+        return PaddedFrames(lengths_B, valid_mask(lengths_B, size), PackedRows.from_lengths(lengths_B, size))
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What the language tokenizer heard, and what follows for the layers of experts.
+
+    Attributes:
+        evidence: of the language tokenizer.
+        heard: the language and the reliability that were decided on (`aux`), whether or not they choose experts.
+        context: for routers that look at frames.
+        plan: for all layers; None where layers route their own frames.
+        router: of all layers ("omni").
+        families: which languages share an expert; None where none do.
+        plans: what each layer did, lowest first; the layers fill it.
+    """
+
+    evidence: LanguageEvidence
+    heard: RoutingPlan
+    context: RoutingContext
+    plan: RoutingPlan | None = None
+    router: Router | None = None
+    families: Families | None = None
+    plans: list[RoutingPlan] = field(default_factory=list)
+
+    @property
+    def reliability_B(self) -> Tensor:
+        """float32 r of each utterance; the mean over its frames where the language is decided a frame."""
+        r_U, rows = self.heard.aux["reliability"].float(), self.context.rows
+        if not self.context.by_frame:
+            return r_U
+        sums_B = r_U.new_zeros(rows.lengths_B.numel()).index_add(0, rows.utterance_of_row, r_U)
+        return sums_B / rows.lengths_B.clamp(min=1)
+
+
+class MixtureFeedForward(nn.Module):
+    """LayerNorm, then a mixture of feed-forward experts. For MoLE y = r E_language(x) + (1 - r) E_agnostic(x).
+
+    Args:
+        d_model: D.
+        moe: the experts, with a router where the layer has one of its own.
+    """
+
+    def __init__(self, d_model: int, moe: MoELayer) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.moe = moe
+
+    def forward(self, x_BTD: Tensor, frames: PaddedFrames, decision: Decision) -> Tensor:
+        """Computes valid frames; padding comes out zero. Adds its plan to those of the decision."""
+        x_BTD = self.norm(x_BTD)
+        plan = decision.plan
+        if plan is None and decision.router is not None:
+            plan = decision.router(frames.rows.pack(x_BTD), decision.context)
+        y_BTD, plan = self.moe(x_BTD, plan=plan, context=decision.context, rows=frames.rows)
+        decision.plans.append(plan)
+        return y_BTD
+
+
+class ExpertMixture(nn.Module):
+    """The language tokenizer, the routers that layers share, and a maker of layers of experts.
+
+    Args:
+        config: switches.
+        languages: codes.
+        d_model: D.
+    """
+
+    def __init__(self, config: MixtureConfig, languages: list[str], d_model: int) -> None:
+        super().__init__()
+        self.config, self.d_model, self.num_languages = config, d_model, len(languages)
+        names = config.expert_names(languages)
+        self.expert_names = list(dict.fromkeys(names))  # in the order of their first languages: growing appends
+        own = len(self.expert_names) == len(languages)
+        families = None if own else [self.expert_names.index(name) for name in names]
+        self.language_tokenizer = LanguageTokenizer(d_model, len(languages), config.reliability == "sigmoid")
+        self.language_router = LanguageRouter(
+            len(languages), config.reliability, config.temperature, config.routing, families
+        )
+        self.router = self._top_k_router() if config.mixture == "omni" else None
+        self.language_embedding = nn.Embedding(len(languages), d_model) if config.language_embedding else None
+
+    def _top_k_router(self) -> TopKRouter:
+        # Raw weights with k = 1: the only way in which the recognition loss reaches the router.
+        return TopKRouter(self.d_model, self.config.num_experts, self.config.top_k, self.config.top_k > 1)
+
+    def make_layer(self, d_ff: int, activation: Activation = "silu") -> MixtureFeedForward:
+        """A layer of experts for this mixture, which must not be "dense".
+
+        Args:
+            d_ff: F where the config does not say.
+            activation: of the experts.
+        """
+        config, num_experts = self.config, self.config.num_experts
+        router: Router | None = None
+        if config.mixture == "language":
+            num_experts = self.language_router.num_experts
+        elif config.mixture == "switch":
+            router = self._top_k_router()
+        elif config.mixture == "group":
+            num_experts *= self.num_languages
+            router = LanguageGroupRouter(
+                self.d_model, self.num_languages, config.num_experts, config.top_k, config.top_k > 1, config.routing
+            )
+        agnostic = config.mixture == "language" and config.reliability != "one"
+        width = config.expert_d_ff or d_ff
+        return MixtureFeedForward(
+            self.d_model, MoELayer(self.d_model, width, num_experts, router, activation, shared_expert=agnostic)
+        )
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        frames: PaddedFrames,
+        languages_B: Tensor | None = None,
+        true_probability: float = 1.0,
+    ) -> tuple[Tensor, Decision]:
+        """Hears the language and decides.
+
+        Args:
+            x_BTD: the stream behind an early layer.
+            frames: of the batch.
+            languages_B: int64 true languages, -1 where unknown. In training the configured routing says what they are
+                for; in evaluation they are taken.
+            true_probability: with the routing "scheduled", how often the true language is taken in training.
+
+        Returns:
+            The stream (with the vector of the language, where the config says so) and the decision.
+        """
+        heard_BTD = x_BTD.detach() if self.config.language_probe else x_BTD
+        evidence = self.language_tokenizer(heard_BTD, frames.lengths_B, frames.valid_BT)
+        by_frame = self.config.routing_unit == "frame"
+        routing = self.config.routing if self.training else "true"
+        if routing == "scheduled" and languages_B is not None:
+            # Drawn once: all layers are told the same.
+            chance_B = torch.rand(languages_B.shape, device=languages_B.device)
+            languages_B = languages_B.where(chance_B < true_probability, -1)
+        context = RoutingContext(
+            rows=frames.rows,
+            language_logits=evidence.evidence_BTN if by_frame else evidence.logits_BN,
+            languages_B=languages_B,
+            reliability_logits=evidence.reliability_logits_BT if by_frame else evidence.reliability_logits_B,
+            routing="predicted" if routing == "predicted" else "true",
+        )
+        heard = self.language_router(None, context)
+        if self.language_embedding is not None:
+            x_BTD = x_BTD + self._language_vectors(context)
+        plan = heard if self.config.mixture == "language" else None
+        return x_BTD, Decision(evidence, heard, context, plan, self.router, self.language_router.families)
+
+    def _language_vectors(self, context: RoutingContext) -> Tensor:
+        """The vector of each utterance's language [B, 1, D], or of each frame's [B, T, D] (zero at padding)."""
+        assert self.language_embedding is not None and context.language_logits is not None
+        predicted_U = units_of(context, context.language_logits, "language_logits").argmax(-1)
+        language_U = routed_language(predicted_U, context, self.config.routing, self.training)
+        vectors_UD = self.language_embedding(language_U)
+        return context.rows.unpack(vectors_UD) if context.by_frame else vectors_UD[:, None]

@@ -1,0 +1,43 @@
+"""Which languages are kin: one family (in the sense of a close group) for each language we know.
+
+Membership follows Glottolog 5 (Hammarström, Forkel, Haspelmath & Bank, https://glottolog.org), cut where relatives
+still share sounds and words: Germanic, Romance and Slavic, not Indo-European. The names are the codes that ISO 639-5
+has for these groups (https://www.loc.gov/standards/iso639-5/), which never are codes of languages. A language without
+a near relative in the table (Albanian, Armenian, Basque, Esperanto, Georgian, Japanese, Korean) stands alone.
+"""
+
+_MEMBERS = {
+    "gem": "af da de en fy is lb nb nl nn no sv yi",  # Germanic
+    "roa": "ca es fr gl it oc pt rm ro",  # Romance
+    "sla": "be bg bs cs hr mk pl ru sk sl sr uk",  # Slavic
+    "bat": "lt lv",  # Baltic
+    "cel": "br cy ga gd",  # Celtic
+    "grk": "el",  # Greek
+    "inc": "as bn gu hi mr ne or pa sd si ur",  # Indic
+    "ira": "fa ku ps tg",  # Iranian
+    "fiu": "et fi hu",  # Finno-Ugrian
+    "trk": "az ba kk ky tk tr tt ug uz",  # Turkic
+    "sem": "am ar he mt",  # Semitic
+    "cus": "so",  # Cushitic
+    "bnt": "rw sn sw xh zu",  # Bantu
+    "nic": "ig wo yo",  # Atlantic-Congo languages that are not Bantu
+    "cdc": "ha",  # Chadic
+    "dra": "kn ml ta te",  # Dravidian
+    "map": "id jv mg mi ms su tl",  # Austronesian
+    "mkh": "km vi",  # Mon-Khmer
+    "tai": "lo th",  # Tai
+    "tbq": "my",  # Tibeto-Burman
+    "zhx": "yue zh",  # Chinese
+    "xgn": "mn",  # Mongolian
+}
+_FAMILY = {code: family for family, codes in _MEMBERS.items() for code in codes.split()}
+
+
+def family_of(language: str) -> str:
+    """ISO 639-5 code of a language's family; its own code where it has no near relative, or we do not know it.
+
+    Args:
+        language: a code; only what stands before the first hyphen is looked at (`pt-BR`).
+    """
+    base = language.partition("-")[0]
+    return _FAMILY.get(base, base)
