@@ -218,6 +218,13 @@ class ExpertMixture(nn.Module):
         # Raw weights with k = 1: the only way in which the recognition loss reaches the router.
         return TopKRouter(self.d_model, self.config.num_experts, self.config.top_k, self.config.top_k > 1)
 
+    @property
+    def experts_per_frame(self) -> int:
+        """Experts of a layer that compute a frame, the agnostic one left out."""
+        if self.config.mixture == "language":
+            return int(self.config.reliability != "zero")
+        return self.config.top_k
+
     def make_layer(self, d_ff: int, activation: Activation = "silu") -> MixtureFeedForward:
         """A layer of experts for this mixture, which must not be "dense".
 
