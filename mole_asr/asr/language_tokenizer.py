@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mole_asr.asr.subsampling import windows
+from mole_asr.moe.parts import PartedLinear, join
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,16 @@ class LanguageTokenizer(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
         self.convolution = nn.Linear(5 * d_model, hidden)
-        self.languages = nn.Linear(hidden, num_languages)
+        self.languages = PartedLinear(hidden, num_languages)
         self.reliability = nn.Linear(hidden, 1) if reliability else None
 
     def forward(self, x_BTD: Tensor, lengths_B: Tensor, valid_BT: Tensor) -> LanguageEvidence:
         """Listens to frames; padding is not heard."""
         valid_BT1 = valid_BT[:, :, None]
         hidden_BTH = functional.silu(self.convolution(windows(self.norm(x_BTD) * valid_BT1, size=5)))
-        evidence_BTN = self.languages(hidden_BTH).float() * valid_BT1
-        logits_BN = evidence_BTN.sum(1) / lengths_B[:, None]
+        pieces = [piece_BTn.float() * valid_BT1 for piece_BTn in self.languages.pieces(hidden_BTH)]
+        evidence_BTN = join(pieces)
+        logits_BN = join([piece_BTn.sum(1) for piece_BTn in pieces]) / lengths_B[:, None]
         if self.reliability is None:
             return LanguageEvidence(evidence_BTN, logits_BN)
         reliability_BT = self.reliability(hidden_BTH).squeeze(2).float() * valid_BT

@@ -13,6 +13,7 @@ from mole_asr.asr.mixture import Decision, ExpertMixture, MixtureConfig, Mixture
 from mole_asr.asr.subsampling import Subsampling
 from mole_asr.audio.features import FRAME_SHIFT_S, SUBSAMPLING, LogMel
 from mole_asr.errors import MoleError
+from mole_asr.moe.parts import PartedInput, PartedLinear, log_softmax
 from mole_asr.moe.plan import RoutingPlan
 
 
@@ -115,12 +116,12 @@ class ModelOutput:
         return self.evidence.evidence_BTN
 
 
-class CTCHead(nn.Linear):
+class CTCHead(PartedLinear):
     """Linear -> log-softmax over tokens and blank (id 0), in float32."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """log_probs_BTV."""
-        return super().forward(x_BTD).float().log_softmax(-1)
+        return log_softmax(super().forward(x_BTD).float(), self.parts)
 
 
 class MoleModel(nn.Module):
@@ -131,6 +132,8 @@ class MoleModel(nn.Module):
         languages: codes, in the order of the language logits.
         vocab_size: V, blank included.
     """
+
+    attention_head = None  # `PretrainedModel` has one
 
     def __init__(self, config: EncoderConfig, languages: list[str], vocab_size: int) -> None:
         super().__init__()
@@ -145,7 +148,7 @@ class MoleModel(nn.Module):
         dense = config.num_blocks - config.num_mole_blocks
         self.blocks = nn.ModuleList(self._block(upper=index >= dense) for index in range(config.num_blocks))
         self.ctc = CTCHead(D, vocab_size)
-        self.condition = nn.Linear(vocab_size, D) if config.intermediate_ctc_blocks else None
+        self.condition = PartedInput(vocab_size, D) if config.intermediate_ctc_blocks else None
 
     def _block(self, upper: bool) -> ConformerBlock:
         config = self.config

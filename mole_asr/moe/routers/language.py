@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mole_asr.moe.parts import softmax
 from mole_asr.moe.plan import RoutingPlan
 from mole_asr.moe.routers.base import Router, Routing, RoutingContext
 from mole_asr.moe.routers.families import Families
@@ -42,6 +43,10 @@ class LanguageRouter(Router):
 
     The rows are not looked at, so one plan serves all layers: call it once, `router(None, context)`.
 
+    With `parts`, the languages came in generations, and what the old ones get does not change by a bit where the new
+    ones sleep. With `kept`, only these languages may be routed to and only their experts exist; the others still take
+    their share of the posterior, so that r is what it was with all experts.
+
     Plan: layout "segment" for logits [B, N], else "token". aux: "logits" [U, N] and "probabilities" [U, E] (float32,
     without padding), "reliability" [U], "predicted" int64 [U], the expert chosen where labels and noise are ignored.
 
@@ -51,10 +56,14 @@ class LanguageRouter(Router):
         temperature: of the softmax, positive.
         routing: "predicted", "true" or "scheduled".
         families: for each language its expert; None where language n has expert n.
+        parts: languages of each generation, adding up to N; None for one.
+        kept: languages that are left, ascending; labels are indices into them. None for all.
 
     Raises:
-        ValueError: an unknown name, a temperature that is not positive, or families that do not fit.
+        ValueError: an unknown name, a temperature that is not positive, or families or parts that do not fit.
     """
+
+    kept_experts_E: Tensor | None
 
     def __init__(
         self,
@@ -63,6 +72,8 @@ class LanguageRouter(Router):
         temperature: float = 1.0,
         routing: Routing = "predicted",
         families: Sequence[int] | None = None,
+        parts: Sequence[int] | None = None,
+        kept: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if reliability not in get_args(Reliability):
@@ -72,9 +83,19 @@ class LanguageRouter(Router):
             raise ValueError(f"temperature must be positive, not {temperature}")
         if families is not None and len(families) != num_languages:
             raise ValueError(f"families must name the expert of each of {num_languages} languages, not {len(families)}")
+        if parts is not None and (sum(parts) != num_languages or min(parts) < 1):
+            raise ValueError(f"parts must add up to {num_languages} languages, not {sum(parts)}")
         self.num_languages, self.temperature = num_languages, temperature
         self.families = None if families is None else Families(families)
-        self.num_experts = num_languages if self.families is None else self.families.num_families
+        self.parts = tuple(parts or (num_languages,))
+        experts = list(range(num_languages) if families is None else families)
+        self.expert_parts = _expert_parts(experts, self.parts)
+        left = sorted({experts[language] for language in range(num_languages) if kept is None or language in kept})
+        self.num_experts = len(left)
+        self.register_buffer("kept_experts_E", None if kept is None else torch.tensor(left), persistent=False)
+        self.families_of_labels = (
+            self.families if kept is None else Families([left.index(experts[language]) for language in kept])
+        )
         self.reliability: Reliability = reliability
         self.routing: Routing = routing
 
@@ -87,13 +108,14 @@ class LanguageRouter(Router):
         logits_UN = language_logits_of(self, context, self.num_languages)
         assert context is not None
         scaled_UE = logits_UN / self.temperature
-        scaled_UE = scaled_UE if self.families is None else self.families.logits(scaled_UE)
-        p_UE = scaled_UE.softmax(-1)
+        scaled_UE = scaled_UE if self.families is None else self.families.logits(scaled_UE, self.parts)
+        p_UA = softmax(scaled_UE, self.expert_parts)  # A: E and the experts that were left out
+        p_UE = p_UA if self.kept_experts_E is None else p_UA[:, self.kept_experts_E]
         predicted_U = p_UE.argmax(-1)
         noisy_UE = self._gumbel_sample(scaled_UE, context.generator)
         drawn_U = predicted_U if noisy_UE is None else noisy_UE.argmax(-1)
-        expert_U = routed_language(drawn_U, context, self.routing, self.training, self.families)
-        r_U = self._reliability(p_UE, expert_U, noisy_UE, context)
+        expert_U = routed_language(drawn_U, context, self.routing, self.training, self.families_of_labels)
+        r_U = self._reliability(p_UA, p_UE, expert_U, noisy_UE, context)
         aux = {"logits": logits_UN, "probabilities": p_UE, "reliability": r_U, "predicted": predicted_U}
         return self._plan(expert_U, r_U, context, aux)
 
@@ -105,17 +127,19 @@ class LanguageRouter(Router):
         noise_UE = -torch.log(-torch.log(uniform_UE.clamp(1e-9, 1 - 1e-7)))
         return (scaled_UE + noise_UE).softmax(-1)
 
-    def _reliability(self, p_UE: Tensor, expert_U: Tensor, noisy_UE: Tensor | None, context: RoutingContext) -> Tensor:
+    def _reliability(
+        self, p_UA: Tensor, p_UE: Tensor, expert_U: Tensor, noisy_UE: Tensor | None, context: RoutingContext
+    ) -> Tensor:
         if self.reliability in ("one", "zero"):
             return p_UE.new_full(expert_U.shape, float(self.reliability == "one"))
         if self.reliability == "sigmoid":
             if context.reliability_logits is None:
                 raise ValueError("the reliability 'sigmoid' needs reliability_logits in the context")
             return units_of(context, context.reliability_logits, "reliability_logits").to(p_UE.dtype).sigmoid()
-        if self.reliability == "entropy" and self.num_experts > 1:
+        if self.reliability == "entropy" and p_UA.shape[-1] > 1:
             # A probability of zero has no entropy, but it must not have an infinite gradient either.
-            entropy_U = -(p_UE * p_UE.clamp(min=torch.finfo(p_UE.dtype).tiny).log()).sum(-1)
-            return 1 - entropy_U / math.log(self.num_experts)
+            entropy_U = -(p_UA * p_UA.clamp(min=torch.finfo(p_UA.dtype).tiny).log()).sum(-1)
+            return 1 - entropy_U / math.log(p_UA.shape[-1])
         r_U = p_UE.gather(-1, expert_U[:, None]).squeeze(-1)
         if noisy_UE is None:
             return r_U
@@ -134,6 +158,15 @@ class LanguageRouter(Router):
             shared_gates=None if only_language else 1 - r_U,
             aux=aux,
         )
+
+
+def _expert_parts(experts: Sequence[int], parts: Sequence[int]) -> tuple[int, ...]:
+    """How many experts each generation of languages brought; one that brought none has no part."""
+    ends = [max(experts[: sum(parts[: index + 1])], default=-1) + 1 for index in range(len(parts))]
+    grown = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    if min(grown) < 0 or (len(grown) > 1 and set(experts[: parts[0]]) != set(range(grown[0]))):
+        raise ValueError(f"families must be numbered in the order in which they came, not {list(experts)}")
+    return tuple(count for count in grown if count)
 
 
 def check_routing(routing: str) -> None:
