@@ -3,7 +3,8 @@
 Letters: B batch, T frames, D model width, H hidden width, N languages.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,6 +28,11 @@ class LanguageEvidence:
     logits_BN: Tensor
     reliability_logits_B: Tensor | None = None
     reliability_logits_BT: Tensor | None = None
+
+    def select(self, languages: Sequence[int]) -> "LanguageEvidence":
+        """The evidence of some of the languages, in this order."""
+        columns = list(languages)
+        return replace(self, evidence_BTN=self.evidence_BTN[..., columns], logits_BN=self.logits_BN[:, columns])
 
 
 class LanguageTokenizer(nn.Module):

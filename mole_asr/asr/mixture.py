@@ -6,6 +6,7 @@ calls an `ExpertMixture` once, behind an early layer, and hands the `Decision` i
 Letters: B batch, T frames, D model width, N languages, F expert width, U units (utterances or valid frames).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self, get_args
 
@@ -18,6 +19,7 @@ from mole_asr.corpus.families import family_of
 from mole_asr.errors import MoleError
 from mole_asr.moe.experts import Activation
 from mole_asr.moe.layer import MoELayer
+from mole_asr.moe.parts import softmax
 from mole_asr.moe.plan import RoutingPlan
 from mole_asr.moe.routers import (
     Families,
@@ -198,21 +200,38 @@ class ExpertMixture(nn.Module):
         config: switches.
         languages: codes.
         d_model: D.
+
+    Attributes:
+        languages: the codes that the language tokenizer tells apart.
+        kept: of these, the places of those that the model still has; None for all (see `asr/prune.py`).
     """
 
     def __init__(self, config: MixtureConfig, languages: list[str], d_model: int) -> None:
         super().__init__()
         self.config, self.d_model, self.num_languages = config, d_model, len(languages)
+        self.languages = list(languages)
         names = config.expert_names(languages)
         self.expert_names = list(dict.fromkeys(names))  # in the order of their first languages: growing appends
         own = len(self.expert_names) == len(languages)
-        families = None if own else [self.expert_names.index(name) for name in names]
+        self.families = None if own else [self.expert_names.index(name) for name in names]
         self.language_tokenizer = LanguageTokenizer(d_model, len(languages), config.reliability == "sigmoid")
-        self.language_router = LanguageRouter(
-            len(languages), config.reliability, config.temperature, config.routing, families
-        )
+        self.arrange()
         self.router = self._top_k_router() if config.mixture == "omni" else None
         self.language_embedding = nn.Embedding(len(languages), d_model) if config.language_embedding else None
+
+    def arrange(self, parts: Sequence[int] | None = None, kept: Sequence[int] | None = None) -> None:
+        """Says which languages came in which generation, and which are kept; see `LanguageRouter`."""
+        self.kept = kept
+        self.language_tokenizer.languages.parts = tuple(parts or (self.num_languages,))
+        config = self.config
+        self.language_router = LanguageRouter(
+            self.num_languages, config.reliability, config.temperature, config.routing, self.families, parts, kept
+        )
+
+    def language_posterior(self, logits: Tensor) -> Tensor:
+        """Softmax of logits / temperature over the languages that the model has (the last dimension); float32."""
+        parts = self.language_router.parts if self.kept is None else (len(self.kept),)
+        return softmax(logits.float() / self.config.temperature, parts)
 
     def _top_k_router(self) -> TopKRouter:
         # Raw weights with k = 1: the only way in which the recognition loss reaches the router.
@@ -287,6 +306,8 @@ class ExpertMixture(nn.Module):
         if self.language_embedding is not None:
             x_BTD = x_BTD + self._language_vectors(context)
         plan = heard if self.config.mixture == "language" else None
+        if self.kept is not None:
+            evidence = evidence.select(self.kept)
         return x_BTD, Decision(evidence, heard, context, plan, self.router, self.language_router.families)
 
     def _language_vectors(self, context: RoutingContext) -> Tensor:
