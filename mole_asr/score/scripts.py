@@ -1,0 +1,64 @@
+"""Writing systems: does a hypothesis use the letters of its language?"""
+
+import unicodedata
+from collections.abc import Iterable
+from functools import lru_cache
+
+from mole_asr.score.pairs import Pair
+
+# Languages not named are written in Latin letters. The names are first words of Unicode's character names.
+_SCRIPTS = {
+    "CYRILLIC": "ba be bg kk ky mk mn ru tg tt uk",
+    "CYRILLIC LATIN": "sr uz",
+    "GREEK": "el",
+    "ARABIC": "ar fa ps sd ug ur",
+    "HEBREW": "he yi",
+    "DEVANAGARI": "hi mr ne",
+    "BENGALI": "as bn",
+    "GUJARATI": "gu",
+    "GURMUKHI ARABIC": "pa",
+    "ORIYA": "or",
+    "KANNADA": "kn",
+    "MALAYALAM": "ml",
+    "TAMIL": "ta",
+    "TELUGU": "te",
+    "SINHALA": "si",
+    "THAI": "th",
+    "LAO": "lo",
+    "KHMER": "km",
+    "MYANMAR": "my",
+    "GEORGIAN": "ka",
+    "ARMENIAN": "hy",
+    "ETHIOPIC": "am",
+    "HANGUL": "ko",
+    "CJK": "yue zh",
+    "CJK HIRAGANA KATAKANA": "ja",
+}
+_OF_LANGUAGE = {code: frozenset(names.split()) for names, codes in _SCRIPTS.items() for code in codes.split()}
+_LATIN = frozenset({"LATIN"})
+
+
+@lru_cache(maxsize=4096)
+def script_of(character: str) -> str:
+    """First word of a letter's Unicode name, which for letters is its script; empty for whatever is no letter."""
+    if unicodedata.category(character)[0] != "L":
+        return ""
+    name = unicodedata.name(character, "").split()
+    # "FULLWIDTH LATIN ..." and the like have the script second.
+    return next((word for word in name if word not in ("FULLWIDTH", "HALFWIDTH", "MODIFIER", "LETTER")), "")
+
+
+def scripts_of(language: str) -> frozenset[str]:
+    """Scripts that a language is written in; only what stands before the first hyphen of the code is looked at."""
+    return _OF_LANGUAGE.get(language.partition("-")[0], _LATIN)
+
+
+def wrong_script_share(pairs: Iterable[Pair]) -> float | None:
+    """Share (0 to 1) of the hypotheses' letters that are of no script of the reference's language; None without any."""
+    letters = wrong = 0
+    for pair in pairs:
+        known = scripts_of(pair.language)
+        found = [script for script in map(script_of, pair.hypothesis) if script]
+        letters += len(found)
+        wrong += sum(script not in known for script in found)
+    return wrong / letters if letters else None
