@@ -127,7 +127,8 @@ class WhisperStem(nn.Module):
         super().__init__()
         self.first = nn.Linear(3 * num_mels, d_model)
         self.second = nn.Linear(3 * d_model, d_model)
-        self.register_buffer("positions_TD", sinusoids(max_frames, d_model), persistent=False)
+        # Kept with the weights: checkpoints hold these numbers rounded, and a few frames feel the difference.
+        self.register_buffer("positions_TD", sinusoids(max_frames, d_model))
 
     def forward(self, features_BTF: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         """Subsamples features.

@@ -105,7 +105,7 @@ CTRANSLATE2 = Layout(
 
 
 def convert(tensors: Tensors, layout: Layout, encoder_layers: int, decoder_layers: int) -> tuple[Tensors, Tensors]:
-    """Our state of the encoder (without its fixed positions) and of the decoder, in float32.
+    """Our state of the encoder and of the decoder, in float32.
 
     Raises:
         KeyError: a tensor is missing.
@@ -116,6 +116,7 @@ def convert(tensors: Tensors, layout: Layout, encoder_layers: int, decoder_layer
         if weight.dim() == 3:  # a convolution [out, in, taps], as a linear layer on [taps x in]
             weight = weight.transpose(1, 2).flatten(1)
         encoder[f"{name}.weight"], encoder[f"{name}.bias"] = weight, tensors[f"{theirs}.bias"]
+    encoder["stem.positions_TD"] = tensors[layout.encoder_positions]
     for name, theirs in layout.decoder.items():
         decoder[f"{name}.weight"], decoder[f"{name}.bias"] = tensors[f"{theirs}.weight"], tensors[f"{theirs}.bias"]
     decoder["embedding.weight"] = tensors[layout.embedding]
