@@ -197,7 +197,7 @@ def _download(hub_id: str) -> Path:
     """Fetches a model from the Hugging Face hub, or finds it in the hub's cache; returns its folder."""
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
     except ImportError:
         raise MoleError(
             f"{hub_id}: no such folder, and the hub needs huggingface_hub; pip install 'mole-asr[whisper]'"
@@ -208,14 +208,12 @@ def _download(hub_id: str) -> Path:
         for name in (*_WEIGHTS, _CTRANSLATE2):
             try:
                 path = Path(hf_hub_download(hub_id, name))
-            except LocalEntryNotFoundError:
-                continue  # offline: it may have been fetched under another name
-            except EntryNotFoundError:
+            except EntryNotFoundError:  # it may be there under another name
                 continue
             for shard in set(_read_json(path)["weight_map"].values()) if name.endswith(_INDEX) else ():
                 hf_hub_download(hub_id, shard)
             return folder
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise MoleError(f"{hub_id}: no such folder, and the hub does not give it ({reason})") from None
     raise MoleError(f"{hub_id}: the hub has no weights for it; one of {', '.join(_WEIGHTS)} must be there")

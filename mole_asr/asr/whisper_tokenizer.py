@@ -56,6 +56,7 @@ class WhisperTokenizer:
             self._tokenizer: Any = Tokenizer.from_str(text)
         except Exception as error:  # the package raises nothing more special
             raise MoleError(f"{name}: not a tokenizer.json ({error}); copy the model's anew") from None
+        self._tokenizer.encode_special_tokens = True  # a text that looks like a sign is a text
         self.text = text
         special = {
             token.content: number

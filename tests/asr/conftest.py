@@ -98,3 +98,57 @@ def batch(tokenizer: TextTokenizer) -> Batch:
         )
     ]
     return collate(examples)
+
+
+@pytest.fixture(scope="session")
+def whisper_model() -> Any:
+    """transformers' Whisper, tiny, with random weights; do not change it."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        vocab_size=300,
+        d_model=32,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=48,
+        pad_token_id=262,
+        bos_token_id=262,
+        eos_token_id=262,
+        decoder_start_token_id=263,
+    )
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "encoder.embed_positions" not in name:  # biases are zero, and would compare nothing
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def whisper_tokenizer_json() -> str:
+    """A byte-level tokenizer with Whisper's special tokens, English and three more languages; 272 tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("a", "b"), ("c", "d"), ("Ġ", "ab"), ("Ġ", "cd"), ("Ġ", "a"), ("d", "c")]
+    words = [*letters, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    languages, tasks = ["en", "de", "fr", "haw"], ["translate", "transcribe", "startofprev", "notimestamps"]
+    names = ["endoftext", "startoftranscript", *languages, *tasks]
+    tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", normalized=False, special=True) for name in names])
+    return tokenizer.to_str()
+
+
+@pytest.fixture(scope="session")
+def whisper_folder(tmp_path_factory: pytest.TempPathFactory, whisper_model: Any, whisper_tokenizer_json: str) -> Path:
+    """The tiny Whisper in Hugging Face's format; do not write there."""
+    folder = tmp_path_factory.mktemp("whisper")
+    whisper_model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(whisper_tokenizer_json)
+    return folder
