@@ -1,0 +1,213 @@
+"""Trains, scores and tabulates MoLE and its rivals: `python recipes/mole_vs_rivals/run.py`; see README.md.
+
+For each (condition, seed, system) that results.json lacks: prepare, tokenizer, fit, transcribe, score. Give the same
+command again after an interruption, or a day later: what is done stays done.
+"""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+from measure import Heard, figures, gather, transcribe
+from plan import BASE, CONDITIONS, HERE, SYSTEMS, Condition, System
+from results import Results, Row
+from training import train
+
+from mole_asr.corpus.manifest import Manifest
+from mole_asr.corpus.subset import thin
+from mole_asr.corpus.text_tokenizer import train_tokenizer
+from mole_asr.errors import MoleError
+
+ROOT = HERE.parents[1]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One (system, condition, seed) and where it lies.
+
+    Attributes:
+        system: how the model is made.
+        condition: what it learns from.
+        seed: of the training.
+        data: folder of the corpora.
+        runs: folder of the runs.
+        epochs: of the training; None: as the configs say.
+    """
+
+    system: System
+    condition: Condition
+    seed: int
+    data: Path
+    runs: Path
+    epochs: int | None
+
+    @property
+    def train_manifest(self) -> Path:
+        """What is trained on; a part of the corpus where the condition takes shares of it."""
+        if self.condition.shares:
+            return self.runs / self.condition.name / "cuts_train.jsonl"
+        return self.data / self.condition.corpus / "cuts_train.jsonl"
+
+    @property
+    def folder(self) -> Path:
+        """Where the trained model lies."""
+        name = self.system.weights_of or self.system.name
+        return self.runs / self.condition.name / name / f"seed{self.seed}"
+
+    def fit_arguments(self, languages: list[str]) -> list[str]:
+        """Words for `mole-asr fit`; its output folder and its languages are still to be said."""
+        corpus = self.data / self.condition.corpus
+        words = [f"--config={path}" for path in (BASE, self.condition.config_path, self.system.config_path)]
+        words += [f"--data.train_manifest={self.train_manifest}", f"--data.valid_manifest={corpus / 'cuts_dev.jsonl'}"]
+        words += [f"--data.tokenizer={corpus / 'tokenizer'}", f"--data.seed={self.seed}"]
+        if self.epochs is not None:
+            words.append(f"--trainer.max_epochs={self.epochs}")
+        if self.system.as_large_as is not None:
+            expert = _read(SYSTEMS[self.system.as_large_as].config_path)["model"]["encoder"]["expert_d_ff"]
+            # One expert a language, and the agnostic one.
+            words.append(f"--model.encoder.expert_d_ff={expert * (len(languages) + 1)}")
+        return words
+
+    def configured_epochs(self) -> int:
+        """Epochs of the training."""
+        if self.epochs is not None:
+            return self.epochs
+        layers = [_read(path).get("trainer", {}) for path in (BASE, self.condition.config_path)]
+        return (layers[0] | layers[1])["max_epochs"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def prepare(setting: Setting, source: str | None) -> None:
+    """Corpus, tokenizer and training manifest of a condition, where they are missing."""
+    name = setting.condition.corpus
+    corpus = setting.data / name
+    if not (corpus / "cuts_train.jsonl").exists():
+        from mole_asr.data_prep import prompts, voices13
+
+        {"prompts5": prompts.prepare, "voices13": voices13.prepare}[name](corpus, source=source)
+    if not (corpus / "tokenizer" / "tokenizer.model").exists():
+        train_tokenizer(corpus / "cuts_train.jsonl", corpus / "tokenizer", model_type="char", byte_fallback=False)
+    if setting.condition.shares and not setting.train_manifest.exists():
+        thin(corpus / "cuts_train.jsonl", setting.train_manifest, setting.condition.shares)
+
+
+def hours_of(manifest: Manifest) -> dict[str, float]:
+    """Hours of each language, and of all."""
+    hours = {
+        code: float(manifest.durations_s[manifest.language_ids == number].sum()) / 3600
+        for number, code in enumerate(manifest.languages)
+    }
+    return {**hours, "all": sum(hours.values())}
+
+
+def run(setting: Setting, results: Results, source: str | None) -> None:
+    """Measures what results.json lacks of one setting; trains for it if the model is not there."""
+    system, condition = setting.system, setting.condition
+    lacking = [t for t in condition.tests if not results.has(system.name, condition.name, setting.seed, t.name)]
+    if not lacking:
+        return
+    prepare(setting, source)
+    manifests = {test.name: setting.runs / "tests" / f"{condition.corpus}-{test.name}.jsonl" for test in lacking}
+    ready = [test for test in lacking if gather(test, setting.data, manifests[test.name])]
+    if not ready:
+        return
+    print(f"\n== {condition.name}, {system.name}, seed {setting.seed}: {', '.join(t.name for t in ready)}", flush=True)
+    hours = hours_of(Manifest(setting.train_manifest))
+    languages = [code for code in hours if code != "all"]
+    words = setting.fit_arguments(languages)
+    parts = {code: [code] for code in languages} if system.monolingual else {"": languages}
+    seconds = sum(train(setting.folder / part, words, codes) for part, codes in parts.items())
+    models = {code: setting.folder / part / "model" for part, codes in parts.items() for code in codes}
+    for test in ready:
+        hypothesis = setting.runs / condition.name / system.name / f"seed{setting.seed}" / f"{test.name}.jsonl"
+        heard = transcribe(models, manifests[test.name], hypothesis, system.told)
+        rows, utterances, details = figures(manifests[test.name], hypothesis, heard)
+        if test.name != "test":
+            del details["serves"]
+        facts = _facts(setting, test.name, heard, seconds, len(parts))
+        rows = [facts | row | {"train_hours": round(hours.get(row["language"], 0.0), 4)} for row in rows]
+        results.add(rows, f"{condition.corpus}-{test.name}", utterances, details)
+        total = rows[-1]
+        print(f"{test.name}: WER {total['wer']:.1f} %, CER {total['cer']:.1f} %", flush=True)
+
+
+def _facts(setting: Setting, test_set: str, heard: Heard, train_seconds: float, models: int) -> Row:
+    """What all rows of a test set say."""
+    return {
+        "system": setting.system.name,
+        "condition": setting.condition.name,
+        "seed": setting.seed,
+        "test_set": test_set,
+        "active_parameters": heard.parameters.active,
+        "total_parameters": heard.parameters.total * models,
+        "train_seconds": round(train_seconds, 1),
+        "real_time_factor": round(heard.seconds / max(heard.audio_s, 1e-9), 5),
+        "epochs": setting.configured_epochs(),
+        "commit": _commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+def _commit() -> str:
+    """The commit of the code that measures; with a + where files differ from it."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM")
+    parser.add_argument("--conditions", nargs="+", default=["prompts5-full"], choices=list(CONDITIONS), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int, help="of each training; default: as the configs say")
+    parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of the corpora (%(default)s)")
+    parser.add_argument("--source", help="folder with the Debian packages, where apt cannot fetch them")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / HERE.name, help="folder of the runs (%(default)s)")
+    parser.add_argument("--results", type=Path, default=HERE, help="folder of results.json (%(default)s)")
+    parser.add_argument("--table", action="store_true", help="train nothing: only write the tables into README.md")
+    parser.add_argument("--pictures", action="store_true", help="train nothing: only draw the pictures")
+    return parser
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs the command.
+
+    Returns:
+        0, or 1 where something is wrong that the user can put right.
+    """
+    options = _parser().parse_args(words)
+    try:
+        results = Results(options.results)
+        if not (options.table or options.pictures):
+            places = (options.data.absolute(), options.runs.absolute(), options.epochs)
+            for condition in options.conditions:
+                for seed in options.seeds:
+                    for system in options.systems:
+                        run(Setting(SYSTEMS[system], CONDITIONS[condition], seed, *places), results, options.source)
+        if options.pictures:
+            from pictures import draw
+
+            draw(results, options.results)
+        if options.table or not options.pictures:
+            from tables import write_tables
+
+            print(write_tables(results, options.results / "README.md"))
+    except MoleError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The tables of README.md, from results.json and details.json alone.
+
+Letters: N utterances, C columns of counts (errors and lengths of two systems).
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from plan import CONDITIONS, SYSTEMS, Condition
+from results import Results, Row, detail_key
+
+from mole_asr.files import write_text
+from mole_asr.score.bootstrap import Difference
+from mole_asr.score.groups import Group, Macro, differences
+
+RIVALS = {"dense": "dense", "lr-moe": "LR-MoE"}
+_MARKS = ("<!-- tables: written by run.py -->", "<!-- end of tables -->")
+_ABSENT = "–"
+
+
+def write_tables(results: Results, readme: Path) -> str:
+    """Makes all tables, and writes them into the README between its marks where it has them.
+
+    Returns:
+        The tables as Markdown.
+    """
+    text = "\n\n".join(part for name in CONDITIONS for part in _condition(results, CONDITIONS[name]))
+    if readme.exists() and _MARKS[0] in (old := readme.read_text(encoding="utf-8")):
+        begin, end = map(re.escape, _MARKS)
+        body = f"{_MARKS[0]}\n\n{text}\n\n{_MARKS[1]}"
+        write_text(readme, re.sub(f"{begin}.*{end}", lambda _: body, old, flags=re.DOTALL))
+    return text
+
+
+def _condition(results: Results, condition: Condition) -> list[str]:
+    systems = [name for name in SYSTEMS if results.select(system=name, condition=condition.name, test_set="test")]
+    if not systems:
+        return []
+    epochs = sorted({str(row["epochs"]) for row in results.select(condition=condition.name)})
+    title = f"### `{condition.name}`: {condition.title} ({' or '.join(epochs)} epochs)"
+    parts = [title, _main(results, condition, systems), _by_language(results, condition, systems)]
+    others = [test.name for test in condition.tests if results.select(condition=condition.name, test_set=test.name)]
+    if others != ["test"]:
+        parts.append(_other_tests(results, condition, systems, [name for name in others if name != "test"]))
+    return parts
+
+
+def runs_of(results: Results, system: str, condition: str, test_set: str) -> dict[int, dict[str, Row]]:
+    """Seed -> language (or "all") -> row."""
+    found: dict[int, dict[str, Row]] = {}
+    for row in results.select(system=system, condition=condition, test_set=test_set):
+        found.setdefault(row["seed"], {})[row["language"]] = row
+    return dict(sorted(found.items()))
+
+
+def macro(rows: dict[str, Row], key: str, languages: Iterable[str] | None = None) -> float | None:
+    """Mean over languages of a figure, those that have none left out."""
+    values = [rows[code][key] for code in (languages or rows) if code != "all" and code in rows]
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
+
+
+def _spread(values: Sequence[float | None], digits: int = 1) -> str:
+    """Mean over seeds and the standard deviation between them."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return _ABSENT
+    return f"{mean(known):.{digits}f}" + (f" ± {stdev(known):.{digits}f}" if len(known) > 1 else "")
+
+
+def _main(results: Results, condition: Condition, systems: list[str]) -> str:
+    header = ["system", "active / total M", "WER %", "CER %"]
+    header += ["low-resource WER %", "low-resource CER %"] if condition.low else []
+    header += ["language ID %", "ECE of r", "wrong script %", *(f"WER − {title}" for title in RIVALS.values())]
+    header += ["train min", "RTF", "seeds"]
+    lines = []
+    for system in systems:
+        runs = runs_of(results, system, condition.name, "test").values()
+        all_rows = [rows["all"] for rows in runs]
+        one = all_rows[0]
+        cells = [SYSTEMS[system].title, f"{one['active_parameters'] / 1e6:.2f} / {one['total_parameters'] / 1e6:.2f}"]
+        cells += [_spread([macro(rows, key) for rows in runs]) for key in ("wer", "cer")]
+        if condition.low:
+            cells += [_spread([macro(rows, key, condition.low) for rows in runs]) for key in ("wer", "cer")]
+        cells.append(_spread([macro(rows, "language_id_accuracy") for rows in runs]))
+        cells.append(_spread([row["ece"] for row in all_rows], 3))
+        cells.append(_spread([100 * (row["wrong_script_share"] or 0) for row in all_rows], 2))
+        cells += [_difference(compare(results, condition.name, system, rival)) for rival in RIVALS]
+        cells.append(_spread([row["train_seconds"] / 60 for row in all_rows]))
+        cells += [f"{mean(row['real_time_factor'] for row in all_rows):.4f}", str(len(all_rows))]
+        lines.append(cells)
+    return _markdown(header, lines)
+
+
+def _by_language(results: Results, condition: Condition, systems: list[str]) -> str:
+    runs = {system: runs_of(results, system, condition.name, "test") for system in systems}
+    first = next(iter(next(iter(runs.values())).values()))
+    hours = {code: row["train_hours"] for code, row in first.items() if code != "all"}
+    codes = sorted(hours, key=lambda code: -hours[code])
+    lines = []
+    for system, seeds in runs.items():
+        cells = [
+            " / ".join(
+                _spread([rows[code][key] for rows in seeds.values()]).partition(" ")[0] for key in ("wer", "cer")
+            )
+            for code in codes
+        ]
+        lines.append([SYSTEMS[system].title, *cells])
+    return _markdown(["WER / CER %", *(f"{code} ({hours[code]:.2f} h)" for code in codes)], lines)
+
+
+def _other_tests(results: Results, condition: Condition, systems: list[str], tests: list[str]) -> str:
+    lines = []
+    for system in systems:
+        cells = [SYSTEMS[system].title]
+        for test in tests:
+            runs = runs_of(results, system, condition.name, test).values()
+            wer, cer, right = (
+                _spread([macro(rows, key) for rows in runs]) for key in ("wer", "cer", "language_id_accuracy")
+            )
+            cells += [f"{wer} / {cer}", right, _spread([rows["all"]["ece"] for rows in runs], 3)]
+        lines.append(cells)
+    names = [name for test in tests for name in (f"{test}: WER / CER %", "language ID %", "ECE of r")]
+    return _markdown(["macro", *names], lines)
+
+
+def compare(results: Results, condition: str, system: str, rival: str, test_set: str = "test") -> Difference | None:
+    """Macro WER of a system minus a rival's, by paired bootstrap over utterances.
+
+    The errors of the seeds that both have are added up, an utterance; so the interval is about other test utterances
+    and says nothing about other seeds.
+
+    Returns:
+        None for the rival itself, or where they have no seed in common.
+    """
+    seeds = sorted(
+        set(runs_of(results, system, condition, test_set)) & set(runs_of(results, rival, condition, test_set))
+    )
+    utterances = results.test_sets.get(f"{CONDITIONS[condition].corpus}-{test_set}")
+    if system == rival or not seeds or utterances is None:
+        return None
+    columns = []
+    for name in (system, rival):
+        runs = [results.details[detail_key(name, condition, seed, test_set)] for seed in seeds]
+        for errors, lengths in (("word_errors", "words"), ("character_errors", "characters")):
+            columns.append(np.sum([run[errors] for run in runs], axis=0))
+            columns.append(len(seeds) * np.array(utterances[lengths]))
+    counts_NC, languages_N = np.stack(columns, axis=1), np.array(utterances["languages"])
+    groups = [
+        Group(code, [], counts_NC[languages_N == number], seed=0) for number, code in enumerate(utterances["codes"])
+    ]
+    return differences(Macro(groups))["wer"]
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return _ABSENT
+    low, high = found.interval
+    return f"{found.value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _markdown(header: list[str], lines: list[list[Any]]) -> str:
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
