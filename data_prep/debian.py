@@ -88,7 +88,8 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(fileobj=io.BytesIO(_data_archive(path.read_bytes())), mode="r:*") as tar:
             for member in tar:
-                if (file := tar.extractfile(member)) is not None:
+                # Symbolic links may point into other packages, and what they point at here has its own name.
+                if not member.issym() and (file := tar.extractfile(member)) is not None:
                     yield member.name.removeprefix("./"), file.read()
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise MoleError(f"{path}: not a Debian package that can be unpacked ({error}); fetch it again") from None

@@ -11,31 +11,27 @@ in no language.
 import gzip
 import hashlib
 import io
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 
 import av
 import numpy as np
-import soundfile
 
-from mole_asr.corpus import normalize as normalize_module
-from mole_asr.corpus.manifest import Manifest, Utterance
-from mole_asr.corpus.normalize import normalize
+from mole_asr.corpus.manifest import Utterance
 from mole_asr.data_prep import debian
-from mole_asr.data_prep.output import SPLITS, manifest_path, print_summary, write_corpus
+from mole_asr.data_prep.clips import Clip, store
+from mole_asr.data_prep.output import SPLITS, code_recipe, is_done, print_summary, write_corpus
 from mole_asr.errors import MoleError
-from mole_asr.files import atomic_path, write_text
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
 LICENCES = dict.fromkeys(("en", "es", "fr"), "CC BY-SA 3.0") | dict.fromkeys(("it", "ru"), "CC BY 3.0")
-SAMPLING_RATE_HZ = 16000
+LICENCE = "CC BY-SA 3.0 (en, es, fr), CC BY 3.0 (it, ru)"
 
 # SHA-256 of version 1.6.1-1.
-_SUMS = {
+PACKAGES = {
     "asterisk-core-sounds-en": "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
     "asterisk-core-sounds-en-g722": "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
     "asterisk-core-sounds-es": "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74",
@@ -52,10 +48,13 @@ _NOT_SPEECH = re.compile(r"silence/.*|beep|beeperr|(a|de)scending-2tone|confbrid
 # Remarks stand in brackets, except these three, which are spoken.
 _SPOKEN = ("ne m'appelez plus, jamais", "IAX", "статус")
 _REMARK = re.compile(r"\[[^]]*\]|<[^>]*>|\((?!(?:" + "|".join(map(re.escape, _SPOKEN)) + r")\))[^)]*\)")
-# Two lines run on into the line of another prompt, which the recording does not hold.
-_RUN_ON = re.compile(r"\s*\bvm-[a-z-]+: .*")
-# Letters that the Italian file lost.
-_LOST_LETTERS = {"sar? ": "sarà ", "pu? ": "può ", "cos? ": "così ", "pi? ": "più ", " ? ": " è "}
+# Three lines run on into the lines of other prompts, which the recording does not hold.
+_RUN_ON = re.compile(r"\s*\b(vm|confbridge)-[a-z-]+: .*")
+# Letters that the Italian file lost, and a Latin o and e among Russian letters.
+_MISTAKES = {
+    "it": {"sar? ": "sarà ", "pu? ": "può ", "cos? ": "così ", "pi? ": "più ", " ? ": " è "},
+    "ru": {"первoe": "первое"},
+}
 
 
 def prepare(output: str | Path, languages: Sequence[str] = LANGUAGES, source: str | Path | None = None) -> None:
@@ -75,8 +74,8 @@ def prepare(output: str | Path, languages: Sequence[str] = LANGUAGES, source: st
     output = Path(output)
     _check_languages(languages)
     folder = Path(source) if source is not None else output / "packages"
-    recipe = _recipe(languages)
-    if not _is_done(output, recipe):
+    recipe = code_recipe({"languages": list(languages)}, __file__)
+    if not is_done(output, recipe):
         if source is None:
             fetch_packages(languages, folder)
         packages = debian.verified(_sums(languages), folder)
@@ -84,8 +83,7 @@ def prepare(output: str | Path, languages: Sequence[str] = LANGUAGES, source: st
         left_out: list[tuple[str, str, str]] = []
         for language in languages:
             _prepare_language(language, packages, output, utterances, left_out)
-        write_corpus(output, utterances, left_out)
-        write_text(output / "prepared.json", recipe)
+        write_corpus(output, utterances, left_out, recipe)
     print("licences: " + ", ".join(f"{language} {LICENCES[language]}" for language in languages))
     print_summary(output)
 
@@ -106,11 +104,10 @@ def clean(key: str, line: str) -> str:
 
 
 def repair(text: str, language: str) -> str:
-    """Mends the known defects of the transcript files: run-on lines, and lost letters in the Italian one."""
+    """Mends the known defects of the transcript files: run-on lines, and lost or foreign letters."""
     text = _RUN_ON.sub("", text)
-    if language == "it":
-        for broken, mended in _LOST_LETTERS.items():
-            text = text.replace(broken, mended)
+    for broken, mended in _MISTAKES.get(language, {}).items():
+        text = text.replace(broken, mended)
     return text
 
 
@@ -126,6 +123,27 @@ def split_of(key: str) -> str:
     return "test" if bucket < 12 else "dev" if bucket < 20 else "train"
 
 
+def clips(packages: Mapping[str, Path], languages: Iterable[str] = LANGUAGES) -> Iterator[Clip]:
+    """Yields every recording; its text is None where the transcripts lack it.
+
+    Args:
+        packages: package name -> its .deb file.
+        languages: which of en, es, fr, it, ru.
+
+    Raises:
+        MoleError: a package cannot be unpacked or lacks its transcripts.
+    """
+    for language in languages:
+        transcripts, audio = _package_names(language)
+        texts = _read_transcripts(packages[transcripts], language)
+        for name, content in debian.members(packages[audio]):
+            # usr/share/asterisk/sounds/<speaker>/<key>.g722
+            speaker, _, key = name.partition("/sounds/")[2].removesuffix(".g722").partition("/")
+            if name.endswith(".g722") and key:
+                text = repair(texts[key], language) if key in texts else None
+                yield Clip(language, key, text, partial(_decode, content), speaker, fold_accents=language == "es")
+
+
 def _prepare_language(
     language: str,
     packages: Mapping[str, Path],
@@ -135,28 +153,19 @@ def _prepare_language(
 ) -> None:
     """Adds the utterances of a language to `utterances` and what is left out of it to `left_out`."""
     print(f"{language}: unpacking and decoding ...", flush=True)
-    transcripts, audio = _package_names(language)
-    texts = _read_transcripts(packages[transcripts], language)
-    for name, content in debian.members(packages[audio]):
-        # usr/share/asterisk/sounds/<speaker>/<key>.g722
-        speaker, _, key = name.partition("/sounds/")[2].removesuffix(".g722").partition("/")
-        if not name.endswith(".g722") or not key:
-            continue
-        text = texts.pop(key, None)
-        spoken = normalize(repair(text or "", language), language, fold_accents=language == "es")
-        if _NOT_SPEECH.fullmatch(key):
-            left_out.append((language, key, "not speech"))
-        elif not spoken:
-            left_out.append((language, key, "audio without transcript" if text is None else "empty transcript"))
+    without_audio = _read_transcripts(packages[_package_names(language)[0]], language)
+    for clip in clips(packages, [language]):
+        without_audio.pop(clip.key, None)
+        if _NOT_SPEECH.fullmatch(clip.key):
+            left_out.append((language, clip.key, "not speech"))
+        elif not clip.spoken:
+            reason = "audio without transcript" if clip.text is None else "empty transcript"
+            left_out.append((language, clip.key, reason))
         else:
-            path = output.absolute() / "audio" / language / f"{key.replace('/', '-')}.wav"
-            num_samples = _decode(content, path)
-            utterance_id = f"{language}-{key.replace('/', '_')}"
-            duration_s = num_samples / SAMPLING_RATE_HZ
-            utterances[split_of(key)].append(
-                Utterance(utterance_id, path, 0.0, duration_s, SAMPLING_RATE_HZ, spoken, language, speaker, num_samples)
-            )
-    left_out.extend((language, key, "transcript without audio") for key in texts)
+            path = output.absolute() / "audio" / language / f"{clip.key.replace('/', '-')}.wav"
+            utterance_id = f"{language}-{clip.key.replace('/', '_')}"
+            utterances[split_of(clip.key)].append(store(clip, path, utterance_id))
+    left_out.extend((language, key, "transcript without audio") for key in without_audio)
 
 
 def _read_transcripts(package: Path, language: str) -> dict[str, str]:
@@ -172,22 +181,11 @@ def _read_transcripts(package: Path, language: str) -> dict[str, str]:
     raise MoleError(f"{package}: it holds no core-sounds-{language}.txt.gz; fetch version 1.6.1-1")
 
 
-def _decode(content: bytes, path: Path) -> int:
-    """Decodes raw G.722 (64 kbit/s: two samples a byte) to a 16 kHz wav file unless it is there; returns samples."""
-    num_samples = 2 * len(content)
-    if path.exists() and path.stat().st_size == _wav_bytes(num_samples):
-        return num_samples
+def _decode(content: bytes) -> tuple[np.ndarray, int]:
+    """Decodes raw G.722 (64 kbit/s) to float32 samples at 16 kHz."""
     with av.open(io.BytesIO(content), mode="r", format="g722") as container:
         audio_S = np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])
-    wav = io.BytesIO()  # soundfile waits for the disk (fsync) at every file that it closes; half of the time went there
-    soundfile.write(wav, audio_S, SAMPLING_RATE_HZ, subtype="PCM_16", format="WAV")
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(wav.getbuffer())
-    return len(audio_S)
-
-
-def _wav_bytes(num_samples: int) -> int:
-    return 44 + 2 * num_samples
+    return audio_S.astype(np.float32) / 32768, 16000
 
 
 def _package_names(language: str) -> tuple[str, str]:
@@ -196,31 +194,10 @@ def _package_names(language: str) -> tuple[str, str]:
 
 
 def _sums(languages: Iterable[str]) -> dict[str, str]:
-    return {name: _SUMS[name] for language in languages for name in _package_names(language)}
+    return {name: PACKAGES[name] for language in languages for name in _package_names(language)}
 
 
 def _check_languages(languages: Sequence[str]) -> None:
     for language in languages:
         if language not in LANGUAGES:
             raise MoleError(f"the prompt corpus has no language {language!r}; choose from {', '.join(LANGUAGES)}")
-
-
-def _recipe(languages: Sequence[str]) -> str:
-    """What the outcome depends on: the languages and the code, so that an update of ours is not missed."""
-    code = Path(__file__).read_bytes() + Path(normalize_module.__file__).read_bytes()
-    return json.dumps({"languages": list(languages), "code": hashlib.sha256(code).hexdigest()})
-
-
-def _is_done(output: Path, recipe: str) -> bool:
-    stamp = output / "prepared.json"
-    if not stamp.exists() or stamp.read_text() != recipe:
-        return False
-    try:
-        manifests = [Manifest(manifest_path(output, split)) for split in SPLITS]
-    except MoleError:
-        return False
-    utterances = (manifest[row] for manifest in manifests for row in range(len(manifest)))
-    return all(
-        utterance.audio_path.exists() and utterance.audio_path.stat().st_size == _wav_bytes(utterance.num_samples)
-        for utterance in utterances
-    )

@@ -132,7 +132,8 @@ def resample(audio_S: np.ndarray, old_rate_hz: int, new_rate_hz: int) -> np.ndar
         first = max(0, start - margin)
         part_S = torch.from_numpy(np.ascontiguousarray(audio_S[first : start + chunk + margin]))
         with torch.inference_mode():
-            part_S = resampler(part_S)[(start - first) // old * new :]
+            # The zeros change no sample: torchaudio rounds the length in float32, and at times ends a sample too early.
+            part_S = resampler(torch.nn.functional.pad(part_S, (0, old)))[(start - first) // old * new :]
         at = start // old * new
         length = min(chunk // old * new, len(resampled_S) - at)
         resampled_S[at : at + length] = part_S[:length].numpy()

@@ -126,6 +126,15 @@ def test_chunks_of_resampling_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> 
     np.testing.assert_allclose(parts_S, whole_S, atol=1e-6)
 
 
+def test_resampling_loses_no_last_sample() -> None:
+    # 109173 x 640 / 441 = 158437.007, of which float32 makes 158437.
+    audio_S = np.random.default_rng(0).standard_normal(110250).astype(np.float32)
+    audio_S[109173:] = 0
+    resampled_S = resample(audio_S[:109173], 11025, 16000)
+    assert len(resampled_S) == 158438
+    np.testing.assert_allclose(resampled_S, resample(audio_S, 11025, 16000)[:158438], atol=1e-6)
+
+
 def test_an_odd_rate_needs_no_huge_kernel() -> None:
     audio_S = resample(melody(22051), 22051, 16000)
     assert abs(len(audio_S) - 32000) <= 32

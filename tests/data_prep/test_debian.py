@@ -1,6 +1,5 @@
-import io
 import subprocess
-import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,24 +10,11 @@ from mole_asr.errors import MoleError
 OTHER_SUM = "0" * 64
 
 
-def package(content: dict[str, bytes]) -> bytes:
-    """A .deb package, as deb(5) describes it, with an odd-sized member before the data."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:xz") as tar:
-        for name, data in content.items():
-            info = tarfile.TarInfo(f"./{name}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    result = b"!<arch>\n"
-    for name, data in {"debian-binary": b"2.0", "data.tar.xz": buffer.getvalue()}.items():
-        result += (
-            f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
-        )
-    return result
+Package = Callable[[Mapping[str, bytes]], bytes]
 
 
 @pytest.fixture
-def fake_apt(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def fake_apt(deb: Package, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """An apt-get that knows no package before `update`; returns its calls."""
     calls: list[list[str]] = []
 
@@ -37,7 +23,7 @@ def fake_apt(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if command[2] == "download":
             if not any(call[0] == "update" for call in calls):
                 return subprocess.CompletedProcess(command, 100, "", "noise\nE: Unable to locate package\n")
-            Path(cwd, f"{command[3]}_1_all.deb").write_bytes(package({"a": command[3].encode()}))
+            Path(cwd, f"{command[3]}_1_all.deb").write_bytes(deb({"a": command[3].encode()}))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(debian.subprocess, "run", run)
@@ -45,17 +31,17 @@ def fake_apt(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return calls
 
 
-def test_members(tmp_path: Path) -> None:
+def test_members_are_the_regular_files(deb: Package, tmp_path: Path) -> None:
     content = {"usr/share/a.txt": b"abc", "usr/b": b""}
     path = tmp_path / "x.deb"
-    path.write_bytes(package(content))
+    path.write_bytes(deb(content))
     assert dict(debian.members(path)) == content
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100, 160])
-def test_truncated_package_is_named(tmp_path: Path, cut: int) -> None:
+def test_truncated_package_is_named(deb: Package, tmp_path: Path, cut: int) -> None:
     path = tmp_path / "x.deb"
-    path.write_bytes(package({"a": b"abc"})[:cut])
+    path.write_bytes(deb({"a": b"abc"})[:cut])
     with pytest.raises(MoleError, match=r"x\.deb"):
         list(debian.members(path))
 

@@ -88,23 +88,24 @@ def test_everything_unused_is_listed_once(prepared: Path, prompt_packages: Path)
 def test_second_run_mends_only_what_is_missing(
     prompt_packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    decoded: list[Path] = []
+    decoded: list[int] = []
     decode = prompts._decode
 
-    def spy(content: bytes, path: Path) -> int:
-        if not path.exists():
-            decoded.append(path)
-        return decode(content, path)
+    def spy(content: bytes) -> tuple[np.ndarray, int]:
+        decoded.append(len(content))
+        return decode(content)
 
     monkeypatch.setattr(prompts, "_decode", spy)
     prompts.prepare(tmp_path, languages=["en"], source=prompt_packages)
     assert len(decoded) == 551
     decoded.clear()
     prompts.prepare(tmp_path, languages=["en"], source="/nowhere")  # all is done: packages are not even looked at
-    lost = rows(tmp_path)[3][1].audio_path
-    lost.unlink()
+    assert not decoded
+    lost = rows(tmp_path)[3][1]
+    lost.audio_path.unlink()
     prompts.prepare(tmp_path, languages=["en"], source=prompt_packages)
-    assert decoded == [lost]
+    assert decoded == [lost.num_samples // 2]  # G.722 has two samples a byte
+    assert lost.audio_path.exists()
     assert "CC BY-SA 3.0" in capsys.readouterr().out
 
 
@@ -135,6 +136,20 @@ def test_split_rule() -> None:
     assert all(key != group and group not in groups and group < key for key, group in groups.items())
     assert all(prompts.split_of(key) == prompts.split_of(group) for key, group in groups.items())
     assert [prompts.split_of(key) for key in ("activated", "added", "agent-alreadyon")] == ["train", "test", "dev"]
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "expected"),
+    [
+        ("it", "Il saluto è stato eliminato vm-then-pound: poi premere", "Il saluto è stato eliminato"),
+        ("it", "degli altri. confbridge-mute-in: Per disattivare confbridge-mute-out: per", "degli altri."),
+        ("it", "La conferenza ? piena", "La conferenza è piena"),
+        ("fr", "La conf ? oui", "La conf ? oui"),
+        ("ru", "первoe", "первое"),
+    ],
+)
+def test_repair(language: str, text: str, expected: str) -> None:
+    assert prompts.repair(text, language) == expected
 
 
 @pytest.mark.parametrize(
