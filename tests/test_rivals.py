@@ -83,6 +83,9 @@ def test_the_whole_command(
         assert row["train_hours"] == pytest.approx(0.5 * taken / 3600, abs=1e-4)
         assert (row["language_id_accuracy"] is None) == (row["system"] == "mole-true")
         assert row["epochs"] == 1 and row["train_seconds"] > 0 and row["real_time_factor"] > 0
+    # One config lies over the other.
+    config = json.loads((tmp_path / "runs/prompts5-low/dense/seed0/model/config.json").read_text())["encoder"]
+    assert (config["mixture"], config["expert_d_ff"], config["d_model"]) == ("dense", 768, TINY["d_model"])
     # mole-true took the model of mole.
     times = {row["system"]: row["train_seconds"] for row in rows}
     assert times["mole"] == times["mole-true"] != times["dense"]

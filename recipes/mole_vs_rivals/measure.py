@@ -20,6 +20,7 @@ from results import Row
 from mole_asr.asr.model import ModelOutput
 from mole_asr.asr.parameters import Parameters, count_parameters
 from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
+from mole_asr.corpus.subset import thin
 from mole_asr.files import atomic_path
 from mole_asr.moe.losses import expert_counts
 from mole_asr.score.language_id import language_id, split_reliability
@@ -60,6 +61,8 @@ def gather(test_set: TestSet, data: Path, output: Path) -> bool:
     tables = [Manifest(path) for path in paths]
     chosen = (table[row] for table in tables for row in range(len(table)))
     write_manifest((u for u in chosen if not test_set.prefixes or u.id.startswith(test_set.prefixes)), output)
+    if test_set.share < 1:
+        thin(output, output, dict.fromkeys(Manifest(output).languages, test_set.share))
     return True
 
 
@@ -143,7 +146,7 @@ def figures(manifest: Path, hypothesis: Path, heard: Heard) -> tuple[list[Row], 
         "reliability_right": np.histogram(reliability[right], BINS)[0].tolist(),
         "reliability_wrong": np.histogram(reliability[~right], BINS)[0].tolist(),
         "serves": {
-            language: [np.round(sums_E / max(sums_E.sum(), 1), 3).tolist() for sums_E in layers]
+            language: [np.round(np.float64(sums_E) / max(sums_E.sum(), 1), 3).tolist() for sums_E in layers]
             for language, layers in heard.serves.items()
         },
     }
