@@ -1,30 +1,44 @@
 """A trained model as a folder: tensors and JSON only, nothing pickled.
 
 model.safetensors, config.json (sizes and switches), languages.json (codes, in the order of the experts),
-tokenizer.model.
+tokenizer.model; and, of a model that stands on Whisper, Whisper's tokenizer.json.
 """
 
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mole_asr.asr.generations import Generation, keep_languages, set_generations
 from mole_asr.asr.model import EncoderConfig, MoleModel
+from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel
+from mole_asr.asr.whisper import WhisperConfig
+from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
 
 FORMAT = 1
+Recogniser: TypeAlias = MoleModel | PretrainedModel
 
 
-def save_model(model: MoleModel, tokenizer: TextTokenizer, folder: str | Path) -> None:
-    """Writes the four files; the weights come last, so a folder that has none is not whole."""
+def save_model(model: Recogniser, tokenizer: TextTokenizer, folder: str | Path) -> None:
+    """Writes all files; the weights come last, so a folder that has none is not whole."""
     folder = Path(folder)
-    config = {"format": FORMAT, "vocab_size": model.vocab_size, "encoder": asdict(model.config)}
+    config: dict[str, Any] = {"format": FORMAT, "vocab_size": model.vocab_size}
+    if isinstance(model, PretrainedModel):
+        config |= {"pretrained": asdict(model.config), "whisper": asdict(model.whisper)}
+        model.whisper_tokenizer.save(folder)
+    else:
+        config["encoder"] = asdict(model.config)
+    if model.mixture.generations:
+        config["generations"] = model.mixture.generations
+    if model.mixture.kept is not None:
+        config["heard"] = model.mixture.languages
     tokenizer.save(folder)
     write_text(folder / "languages.json", json.dumps(model.languages) + "\n")
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -32,7 +46,7 @@ def save_model(model: MoleModel, tokenizer: TextTokenizer, folder: str | Path) -
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[MoleModel, TextTokenizer]:
+def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Recogniser, TextTokenizer]:
     """Reads a folder that `save_model` wrote; the model is in evaluation mode, on `device`.
 
     Raises:
@@ -42,7 +56,11 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     config, languages = _read_json(folder / "config.json"), _read_json(folder / "languages.json")
     tokenizer = TextTokenizer(folder)
     try:
-        model = _build(config, languages, tokenizer, folder)
+        model = _build(config, config.get("heard", languages), tokenizer, folder)
+        if "generations" in config:
+            set_generations(model, [Generation(*counts) for counts in config["generations"]])
+        if "heard" in config:
+            keep_languages(model, languages)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MoleError(f"{folder / 'config.json'}: no config of ours ({error!r}); copy the folder anew") from None
     path = folder / "model.safetensors"
@@ -55,7 +73,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     return model.to(device).eval(), tokenizer
 
 
-def _build(config: Any, languages: Any, tokenizer: TextTokenizer, folder: Path) -> MoleModel:
+def _build(config: Any, languages: Any, tokenizer: TextTokenizer, folder: Path) -> Recogniser:
     """A model without weights; files that lack something raise whatever error that gives."""
     if config.get("format") != FORMAT:
         raise MoleError(
@@ -66,7 +84,15 @@ def _build(config: Any, languages: Any, tokenizer: TextTokenizer, folder: Path) 
             f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the model {config['vocab_size']}; "
             "use the tokenizer it was trained with"
         )
-    return MoleModel(_encoder_config(config["encoder"], folder), languages, config["vocab_size"])
+    if "pretrained" in config:
+        return PretrainedModel(
+            _dataclass(PretrainedConfig, config["pretrained"], folder),
+            _dataclass(WhisperConfig, config["whisper"], folder),
+            WhisperTokenizer(folder),
+            languages,
+            config["vocab_size"],
+        )
+    return MoleModel(_dataclass(EncoderConfig, config["encoder"], folder), languages, config["vocab_size"])
 
 
 def _moved(name: str) -> str:
@@ -83,10 +109,13 @@ def _read_json(path: Path) -> Any:
         raise MoleError(f"{path}: not JSON ({error}); copy the folder anew") from None
 
 
-def _encoder_config(values: dict[str, Any], folder: Path) -> EncoderConfig:
-    unknown = set(values) - {field.name for field in fields(EncoderConfig)}
+_Config = TypeVar("_Config", EncoderConfig, PretrainedConfig, WhisperConfig)
+
+
+def _dataclass(kind: type[_Config], values: dict[str, Any], folder: Path) -> _Config:
+    unknown = set(values) - {field.name for field in fields(kind)}
     if unknown:
-        raise MoleError(f"{folder / 'config.json'}: unknown key encoder.{min(unknown)}; update mole_asr")
+        raise MoleError(f"{folder / 'config.json'}: unknown key {min(unknown)} of {kind.__name__}; update mole_asr")
     # JSON has no tuples.
     arguments: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return EncoderConfig(**arguments)
+    return kind(**arguments)

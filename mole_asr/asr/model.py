@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from mole_asr.asr.attention_head import AttentionHead
 from mole_asr.asr.conformer import ConformerBlock, FeedForward, Frames
 from mole_asr.asr.language_tokenizer import LanguageEvidence
 from mole_asr.asr.mixture import Decision, ExpertMixture, MixtureConfig, MixtureFeedForward, refuse
@@ -82,6 +83,7 @@ class ModelOutput:
         decision: of the mixture: what the language tokenizer heard, and the plans of the MoLE blocks.
         frames: the padded batch's description.
         intermediate_log_probs_BTV: of the intermediate CTC heads, lowest first.
+        memory_BTD: float32 output of the encoder, for an attention head.
     """
 
     log_probs_BTV: Tensor
@@ -89,6 +91,7 @@ class ModelOutput:
     decision: Decision
     frames: Frames
     intermediate_log_probs_BTV: list[Tensor] = field(default_factory=list)
+    memory_BTD: Tensor | None = None
 
     @property
     def evidence(self) -> LanguageEvidence:
@@ -133,7 +136,7 @@ class MoleModel(nn.Module):
         vocab_size: V, blank included.
     """
 
-    attention_head = None  # `PretrainedModel` has one
+    attention_head: AttentionHead | None = None  # `PretrainedModel` has one
 
     def __init__(self, config: EncoderConfig, languages: list[str], vocab_size: int) -> None:
         super().__init__()
@@ -163,7 +166,7 @@ class MoleModel(nn.Module):
 
     def language_posterior(self, logits: Tensor) -> Tensor:
         """softmax(z / temperature) over the last dimension, as the router takes it; float32."""
-        return (logits.float() / self.config.temperature).softmax(-1)
+        return self.mixture.language_posterior(logits)
 
     def forward(
         self,

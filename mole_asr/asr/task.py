@@ -9,15 +9,19 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from mole_asr.asr.checkpoint import load_model
+from mole_asr.asr.checkpoint import Recogniser, load_model
+from mole_asr.asr.fine_tuning import FineTuning, choose_trained, fine_tuning_optimizer
+from mole_asr.asr.generations import guard, train_last_generation, wake
 from mole_asr.asr.grow import grow_model
 from mole_asr.asr.losses import losses
 from mole_asr.asr.model import EncoderConfig, MoleModel
 from mole_asr.asr.muon import build_optimizer
+from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel, from_checkpoint
 from mole_asr.audio.augment import SpecAugment
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.decode.greedy import greedy_ctc
+from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams
 from mole_asr.errors import MoleError
 
 
@@ -31,6 +35,7 @@ class LossWeights:
         language: cross-entropy of the language tokenizer (MoLE's lambda; ours to start from is 0.1).
         reliability: of the reliability head, where it is trained.
         balance: evenness of the load, where routers choose experts by themselves (Switch's alpha is 0.01).
+        attention: of the attention head of a pretrained model.
     """
 
     ctc: float = 0.7
@@ -38,6 +43,7 @@ class LossWeights:
     language: float = 0.1
     reliability: float = 0.1
     balance: float = 0.01
+    attention: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class OptimizerConfig:
 
 
 class MoleTask(LightningModule):
-    """Trains a `MoleModel`.
+    """Trains a `MoleModel`, or a `PretrainedModel`.
 
     Args:
         tokenizer: path of the text tokenizer; taken from `data.tokenizer`.
@@ -75,7 +81,10 @@ class MoleTask(LightningModule):
         optimizer: learning rates and schedule.
         scheduled_share: with the routing "scheduled": by this share of all steps, the true language is taken no more.
         spec_augment: whether to mask features in training.
+        pretrained: what to put on a pretrained encoder, instead of an encoder of our own.
+        fine_tuning: learning rates and stages of a pretrained model.
         init_from: folder of a trained model to start from; it grows to new pieces and languages.
+        freeze_old: with init_from: trains only what the last pieces and languages brought, and no old weight changes.
         seed: of dropout, masks and schedules: step n draws the same numbers in every run, resumed or not.
     """
 
@@ -88,15 +97,22 @@ class MoleTask(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         scheduled_share: float = 0.5,
         spec_augment: bool = True,
+        pretrained: PretrainedConfig | None = None,
+        fine_tuning: FineTuning = FineTuning(),  # noqa: B008 (frozen)
         init_from: str | None = None,
+        freeze_old: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.text_tokenizer = TextTokenizer(tokenizer)
-        self.loss_weights, self.optimizer_config = loss_weights, optimizer
+        self.loss_weights, self.optimizer_config, self.fine_tuning = loss_weights, optimizer, fine_tuning
         self.scheduled_share, self.seed = scheduled_share, seed
         torch.manual_seed(seed)
-        if init_from is None:
+        self.model: Recogniser
+        self.old_ngrams: dict[str, TokenNgram] = {}
+        if pretrained is not None:
+            self.model = from_checkpoint(pretrained, languages, self.text_tokenizer.vocab_size)
+        elif init_from is None:
             self.model = MoleModel(encoder, languages, self.text_tokenizer.vocab_size)
         else:
             old, old_tokenizer = load_model(Path(init_from))
@@ -105,9 +121,17 @@ class MoleTask(LightningModule):
                     "model.encoder: with model.init_from, sizes are those of the old model; leave the keys out"
                 )
             self.model = grow_model(old, old_tokenizer, self.text_tokenizer, languages)
+            wake(self.model)
+            if (ngrams := Path(init_from) / NGRAM_FILE).exists():
+                self.old_ngrams = load_ngrams(ngrams, old_tokenizer.vocab_size)
+        if freeze_old and init_from is None:
+            raise MoleError("model.freeze_old: there is nothing old; give model.init_from, or leave it out")
+        self._trained = train_last_generation(self.model) if freeze_old else []
         self.model.feature_augment = SpecAugment() if spec_augment else None
-        # Of each language: edit distance and characters of the references; and its longest utterance, decoded.
-        self._counts_N2 = torch.zeros(len(languages), 2)
+        # Of each language: character errors, those of the CTC head alone, characters of the references; and its longest
+        # utterance, decoded.
+        self._counts_N3 = torch.zeros(len(languages), 3)
+        self._new_parts_only = False
         self._samples: dict[int, str] = {}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -118,11 +142,21 @@ class MoleTask(LightningModule):
         true_probability = max(0.0, 1 - self.global_step / scheduled_steps) if scheduled_steps > 0 else 0.0
         output = self.model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B, true_probability)
         named = losses(output, batch)
+        head = self.model.attention_head
+        if head is not None and output.memory_BTD is not None and not self._new_parts_only:
+            named["attention"] = head.loss(output.memory_BTD, output.lengths_B, batch.texts, batch.languages_B)
         total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))
         self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=len(batch))
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
         self.log("train/mean_reliability", output.reliability_B.detach().mean(), batch_size=len(batch))
         return total
+
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        """Chooses the parts of a pretrained model that this step trains."""
+        if isinstance(self.model, PretrainedModel) and not self._trained:
+            steps = int(self.trainer.estimated_stepping_batches)
+            stage = self.model, self.model.whisper.encoder_layers, self.fine_tuning
+            self._new_parts_only = choose_trained(*stage, step=self.global_step, steps=steps)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Counts character errors a language; the model hears the language by itself."""
@@ -130,37 +164,62 @@ class MoleTask(LightningModule):
         right = (output.language_logits_BN.argmax(1) == batch.languages_B).float().mean()
         self.log("valid/language_accuracy", right, batch_size=len(batch), sync_dist=True)
         self.log("valid/mean_reliability", output.reliability_B.mean(), batch_size=len(batch), sync_dist=True)
-        decoded = greedy_ctc(output.log_probs_BTV, output.lengths_B)
-        for ids, text, language in zip(decoded, batch.texts, batch.languages_B.tolist(), strict=True):
+        spelled = [self.text_tokenizer.decode(ids) for ids in greedy_ctc(output.log_probs_BTV, output.lengths_B)]
+        head, written = self.model.attention_head, spelled
+        if head is not None and output.memory_BTD is not None:
+            heard_B = output.language_logits_BN.argmax(1)
+            written = head.greedy(output.memory_BTD, output.lengths_B, heard_B)
+        texts = zip(written, spelled, batch.texts, batch.languages_B.tolist(), strict=True)
+        for hypothesis, by_ctc, text, language in texts:
             if language < 0:  # stands in for a batch with no readable file
                 continue
-            hypothesis = self.text_tokenizer.decode(ids)
-            self._counts_N2[language] += torch.tensor([_edit_distance(text, hypothesis), len(text)])
+            errors = [_edit_distance(text, hypothesis), _edit_distance(text, by_ctc), len(text)]
+            self._counts_N3[language] += torch.tensor(errors)
             # The longest utterances come first.
             self._samples.setdefault(language, f"{text}\n      -> {hypothesis}")
 
     def on_validation_epoch_end(self) -> None:
         """Logs the macro-averaged character error rate and shows one decoded utterance a language."""
-        counts_N2 = self.trainer.strategy.reduce(self._counts_N2.to(self.device), reduce_op="sum")
-        counts = zip(self.model.languages, counts_N2.tolist(), strict=True)
-        rates = {code: 100 * distance / characters for code, (distance, characters) in counts if characters}
+        counts_N3 = self.trainer.strategy.reduce(self._counts_N3.to(self.device), reduce_op="sum")
+        counts = zip(self.model.languages, (100 * counts_N3 / counts_N3[:, 2:].clamp(min=1)).tolist(), strict=True)
+        rates = {code: (rate, by_ctc) for code, (rate, by_ctc, any_text) in counts if any_text}
         if rates and not self.trainer.sanity_checking:
-            self.log_dict({f"valid/cer_{code}": rate for code, rate in rates.items()})
-            self.log("valid/cer", sum(rates.values()) / len(rates), prog_bar=True)
+            self.log_dict({f"valid/cer_{code}": rate for code, (rate, _) in rates.items()})
+            means = [sum(rate) / len(rates) for rate in zip(*rates.values(), strict=True)]
+            self.log("valid/cer", means[0], prog_bar=True)
+            if self.model.attention_head is not None:
+                self.log("valid/ctc_cer", means[1], prog_bar=True)
             samples = [f"  {self.model.languages[n]}  {sample}" for n, sample in sorted(self._samples.items())]
             self.print("\n".join([f"\nepoch {self.current_epoch}, step {self.global_step}:", *samples]))
-        self._counts_N2.zero_()
+        self._counts_N3.zero_()
         self._samples.clear()
 
     def configure_optimizers(self) -> Any:
-        """Muon with AdamW, and a schedule a step."""
+        """Muon with AdamW (for a pretrained model AdamW alone), and a schedule a step."""
         config = self.optimizer_config
-        optimizer = build_optimizer(self.model, config.lr, config.adamw_lr, config.weight_decay)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise MoleError("trainer.max_epochs: the learning rate needs to know the end; give a number of epochs")
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.scale(step, int(steps)))
+        optimizer: torch.optim.Optimizer
+        if isinstance(self.model, PretrainedModel):
+            blocks = self.model.whisper.encoder_layers
+            optimizer, schedule = fine_tuning_optimizer(self.model, blocks, self.fine_tuning, int(steps))
+        else:
+            optimizer = build_optimizer(self.model, config.lr, config.adamw_lr, config.weight_decay)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.scale(step, int(steps)))
+        if self._trained:
+            guard(self._trained, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the norm. Lightning refuses to with a fused optimizer, for the sake of float16, which we scale not."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes what the ids mean, to refuse a resume that would change it."""

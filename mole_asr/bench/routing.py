@@ -14,7 +14,7 @@ from mole_asr.files import write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mole_asr.asr.model import MoleModel
+    from mole_asr.asr.checkpoint import Recogniser
     from mole_asr.corpus.manifest import Manifest
 
 UNITS = ("utterance", "frame")
@@ -75,7 +75,7 @@ def routing(model: str, manifest: str, output: str | None = None) -> RoutingLoad
     return loads
 
 
-def _count(recogniser: "MoleModel", manifest: "Manifest") -> RoutingLoads:
+def _count(recogniser: "Recogniser", manifest: "Manifest") -> RoutingLoads:
     import torch
 
     from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
@@ -105,7 +105,7 @@ def _count(recogniser: "MoleModel", manifest: "Manifest") -> RoutingLoads:
     return RoutingLoads(recogniser.languages, loads_LE, mean, failures)
 
 
-def _route(recogniser: "MoleModel", audio_S: "Tensor") -> dict[str, tuple["Tensor", float]]:
+def _route(recogniser: "Recogniser", audio_S: "Tensor") -> dict[str, tuple["Tensor", float]]:
     """For each unit of decision: frames [E] that each expert computes, and the sum of their reliabilities."""
     import torch
 

@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
         """The text."""
         ...
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        ...
+
 
 def align_words(
     log_probs_TV: torch.Tensor, token_ids: list[int], tokenizer: Tokenizer, frame_shift_s: float

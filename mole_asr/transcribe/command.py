@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
@@ -55,6 +55,7 @@ def transcribe(
     output: str | None = None,
     batch_seconds: float = 240.0,
     beam: int | None = None,
+    head: Literal["attention", "ctc"] | None = None,
 ) -> TranscribeResult:
     """Transcribes audio files, folders of them, and manifests.
 
@@ -73,7 +74,8 @@ def transcribe(
             current folder.
         batch_seconds: seconds of sound that are recognised at once; less needs less memory.
         beam: prefixes that the search with the n-grams of the training texts keeps (default: `decode.beam.BEAM`); 0
-            decodes greedily, faster and by the sound alone.
+            decodes greedily, faster and by the sound alone. For the CTC head.
+        head: which head of the model writes, where it has two: attention (the default) or ctc, which is faster.
 
     Returns:
         Counts and failures.
@@ -94,6 +96,8 @@ def transcribe(
     transcriber = load(model)
     if beam is not None:
         transcriber.beam = beam
+    if head is not None:
+        transcriber.choose_head(head)
     total = TranscribeResult(failures=failures)
     for transcript in _run(transcriber, recordings, language, batch_seconds, total):
         if folder is not None:

@@ -4,10 +4,10 @@ Shape letters: B batch, S samples, T frames, V vocabulary, N languages.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
 from mole_asr.audio.segment import MAX_SECONDS, speech_segments
+from mole_asr.corpus.normalize import normalize
 from mole_asr.decode.alignment import Tokenizer, align_words
 from mole_asr.decode.beam import BEAM, beam_ctc
 from mole_asr.decode.greedy import greedy_ctc
@@ -24,10 +25,12 @@ from mole_asr.errors import MoleError
 from mole_asr.transcribe.transcript import Segment, Transcript
 
 if TYPE_CHECKING:
-    from mole_asr.asr.model import MoleModel
+    from mole_asr.asr.checkpoint import Recogniser
+    from mole_asr.asr.model import ModelOutput
     from mole_asr.corpus.manifest import Utterance
 
 Input: TypeAlias = Union[str, Path, np.ndarray, "Utterance"]
+Head = Literal["attention", "ctc"]
 
 # Sorting needs a choice of segments; more of them would only delay the first text and take more memory.
 _WINDOW_BATCHES = 4
@@ -84,12 +87,13 @@ class Transcriber:
         max_seconds: recordings longer than this are cut at their pauses.
         ngrams: language -> n-grams of its training texts; a language without any is decoded greedily.
         beam: prefixes that the search with n-grams keeps; 0 decodes greedily.
+        head: "attention" writes with the text decoder of a model that has one, "ctc" with the CTC head alone.
         failures: (id, reason) of each input of the last call that could not be read and was skipped.
     """
 
     def __init__(
         self,
-        model: "MoleModel",
+        model: "Recogniser",
         tokenizer: Tokenizer,
         device: str | torch.device = "cpu",
         max_seconds: float = MAX_SECONDS,
@@ -101,6 +105,7 @@ class Transcriber:
         self.max_seconds = max_seconds
         self.ngrams = ngrams or {}
         self.beam = BEAM
+        self.head: Head = "ctc" if model.attention_head is None else "attention"
         self.failures: list[tuple[str, str]] = []
 
     def transcribe(
@@ -127,6 +132,16 @@ class Transcriber:
         if isinstance(inputs, str | Path | np.ndarray) or hasattr(inputs, "audio_path"):
             inputs = [inputs]  # type: ignore[list-item]
         return self._transcribe(inputs, language_id, batch_seconds)
+
+    def choose_head(self, head: Head) -> None:
+        """Says which head of the model writes.
+
+        Raises:
+            MoleError: the model has no such head.
+        """
+        if head == "attention" and self.model.attention_head is None:
+            raise MoleError("head: the model has no attention head; leave the option out")
+        self.head = head
 
     def _language_id(self, language: str) -> int:
         known = list(self.model.languages)
@@ -169,15 +184,36 @@ class Transcriber:
         languages_B = None if language_id is None else torch.full_like(lengths_B, language_id).to(self.device)
         output = self.model(audio_BS.to(self.device), lengths_B.to(self.device), languages_B)
         log_probs_BTV, frames = output.log_probs_BTV.float().cpu(), output.lengths_B.tolist()
-        probabilities_BN = self.model.language_posterior(output.language_logits_BN).cpu().numpy()
+        probabilities_BN = self.model.language_posterior(output.language_logits_BN).cpu()
+        heard_B = probabilities_BN.argmax(1) if languages_B is None else languages_B.cpu()
+        written = self._write(output, heard_B)
         for row, (piece, reliability) in enumerate(zip(batch, output.reliability_B.tolist(), strict=True)):
             log_probs_TV = log_probs_BTV[row, : frames[row]]
-            language = int(probabilities_BN[row].argmax()) if language_id is None else language_id
-            token_ids = self._decode(log_probs_TV, self.model.languages[language])
-            words = align_words(log_probs_TV, token_ids, self.tokenizer, self.model.frame_shift_s)
+            language = self.model.languages[int(heard_B[row])]
+            words = self._align(log_probs_TV, None if written is None else written[row], language)
             piece.words = [_shift(word, piece.start_s, piece.end_s) for word in words]
             piece.reliability = reliability
-            piece.language_probabilities_N = probabilities_BN[row]
+            piece.language_probabilities_N = probabilities_BN[row].numpy()
+
+    def _write(self, output: "ModelOutput", languages_B: Tensor) -> list[str] | None:
+        """The texts that the attention head writes; None where the CTC head is to do it."""
+        head = self.model.attention_head
+        if self.head == "ctc" or head is None or output.memory_BTD is None:
+            return None
+        texts = head.greedy(output.memory_BTD, output.lengths_B, languages_B)
+        codes = [self.model.languages[language] for language in languages_B.tolist()]
+        return [normalize(text, code) for text, code in zip(texts, codes, strict=True)]
+
+    def _align(self, log_probs_TV: Tensor, text: str | None, language: str) -> list[Word]:
+        """Words and their times, of a text that is already written or else of what the CTC head says."""
+        if text is None:
+            token_ids = self._decode(log_probs_TV, language)
+            return align_words(log_probs_TV, token_ids, self.tokenizer, self.model.frame_shift_s)
+        words = align_words(log_probs_TV, self.tokenizer.encode(text), self.tokenizer, self.model.frame_shift_s)
+        spelled = text.split()
+        if len(words) == len(spelled):  # a letter that the CTC head does not know comes back as a sign of that
+            words = [replace(word, text=text) for word, text in zip(words, spelled, strict=True)]
+        return words
 
     def _decode(self, log_probs_TV: Tensor, language: str) -> list[int]:
         """Token ids, by beam search where there are n-grams of the language."""
