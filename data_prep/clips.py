@@ -72,15 +72,15 @@ def store(clip: Clip, path: Path, utterance_id: str) -> Utterance:
     Returns:
         The clip as an utterance that refers to the file.
     """
-    num_samples = wav_samples(path) or _write_wav(*clip.read(), path)
+    num_samples = wav_samples(path) or write_wav(*clip.read(), path)
     duration_s = num_samples / SAMPLING_RATE_HZ
     return Utterance(
         utterance_id, path, 0.0, duration_s, SAMPLING_RATE_HZ, clip.spoken, clip.language, clip.speaker, num_samples
     )
 
 
-def _write_wav(audio_S: np.ndarray, rate_hz: int, path: Path) -> int:
-    """Writes samples of any rate as a 16 kHz wav file and returns how many it has."""
+def write_wav(audio_S: np.ndarray, rate_hz: int, path: Path) -> int:
+    """Writes samples float32 [S] of any rate as a 16 kHz wav file, 16 bits a sample, and returns how many it has."""
     audio_S = np.clip(resample(audio_S, rate_hz, SAMPLING_RATE_HZ) * 32768, -32768, 32767)
     wav = io.BytesIO()  # soundfile waits for the disk (fsync) at every file that it closes; half of the time went there
     soundfile.write(wav, np.round(audio_S).astype(np.int16), SAMPLING_RATE_HZ, subtype="PCM_16", format="WAV")

@@ -30,6 +30,7 @@ VERBS = {
     "prepare prompts": Verb("mole_asr.data_prep.prompts:prepare", "fetch and prepare the five-language prompt corpus"),
     "prepare folder": Verb("mole_asr.data_prep.folder:prepare", "prepare your own recordings", prints=False),
     "prepare voices13": Verb("mole_asr.data_prep.voices13:prepare", "fetch and prepare the thirteen-language corpus"),
+    "prepare degraded": Verb("mole_asr.data_prep.degraded:prepare", "a noisy or telephone-band copy of a test set"),
     "tokenizer train": Verb("mole_asr.corpus.text_tokenizer:train_tokenizer", "train a text tokenizer on a manifest"),
     "tokenizer extend": Verb("mole_asr.corpus.text_tokenizer:extend_tokenizer", "add the pieces of a new language"),
     "fit": Verb("mole_asr.asr.fit:fit", "train a model, or go on with an interrupted training"),

@@ -1,0 +1,139 @@
+"""Degraded copies of a test set: the same utterances in noise, or over a telephone.
+
+What happens to an utterance depends on its id alone (and, for noise, on which others the manifest has), so that every
+system is tested on the same files, whoever makes them.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from mole_asr.audio.augment import add_noise
+from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio, resample
+from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
+from mole_asr.data_prep.clips import write_wav
+from mole_asr.errors import MoleError
+
+_SNR_DB = (5.0, 15.0)
+_TALKERS = (3, 6)
+_BAND_HZ = (300, 3400)
+_EDGES_HZ = (100, 200)  # width of the filter's slopes, below and above the band
+_TELEPHONE_RATE_HZ = 8000
+
+
+def prepare(manifest: str | Path, output: str | Path, kind: str = "noise") -> None:
+    """Writes a degraded copy of a manifest, for tests.
+
+    `noise`: babble (three to six other utterances of the manifest at once) and stationary noise (white or pink), in
+    random shares, together 5 to 15 dB below the speech. `telephone`: the band from 300 to 3,400 Hz at 8 kHz, coded
+    by G.711, mu-law or A-law by chance; stored at 16 kHz.
+
+    Args:
+        manifest: cut set to degrade.
+        output: the manifest to write (`cuts_test_noisy.jsonl`); the audio goes into a folder of its name beside it.
+        kind: noise or telephone.
+
+    Raises:
+        MoleError: an unknown kind, a manifest that cannot be read, or one without two utterances where noise needs
+            others.
+    """
+    kinds: dict[str, Callable[[Manifest, int, np.random.Generator], np.ndarray]]
+    kinds = {"noise": _in_noise, "telephone": _over_telephone}
+    if kind not in kinds:
+        raise MoleError(f"kind: {kind!r} is unknown; choose from {', '.join(kinds)}")
+    output = Path(output)
+    if output.suffix != ".jsonl":
+        raise MoleError(f"{output}: name the manifest to write, such as {output}.jsonl")
+    source = Manifest(manifest)
+    if output.absolute() == source.path:
+        raise MoleError(f"{output}: the copy would replace the manifest that it is made of; give another name")
+    if kind == "noise" and len(source) < 2:
+        raise MoleError(f"{manifest}: babble is made of other utterances, and it has {len(source)}; give more")
+    utterances = []
+    for row in range(len(source)):
+        utterance = source[row]
+        audio_S = kinds[kind](source, row, _generator(kind, utterance.id))
+        # What would not fit into 16 bits is made softer, not clipped: clipping is no part of the task.
+        audio_S = audio_S / max(1.0, float(np.abs(audio_S).max()))
+        path = output.absolute().with_suffix("") / f"{utterance.id.replace('/', '_')}.wav"
+        utterances.append(_moved(utterance, path, write_wav(audio_S, SAMPLING_RATE_HZ, path)))
+    write_manifest(utterances, output)
+    print(f"{output}: {len(utterances)} utterances, {source.durations_s.sum() / 3600:.2f} h ({kind})")
+
+
+def telephone_line(audio_S: np.ndarray, law: str) -> np.ndarray:
+    """Sends speech over a telephone line.
+
+    Args:
+        audio_S: float32 [S], 16 kHz.
+        law: of G.711: ULAW (mu-law) or ALAW.
+
+    Returns:
+        float32 [S], 16 kHz.
+    """
+    narrow_S = _band_pass(resample(audio_S, SAMPLING_RATE_HZ, _TELEPHONE_RATE_HZ))
+    coded = io.BytesIO()
+    soundfile.write(coded, np.clip(narrow_S, -1, 1), _TELEPHONE_RATE_HZ, format="WAV", subtype=law)
+    coded.seek(0)
+    decoded_S, _ = soundfile.read(coded, dtype="float32")
+    return resample(decoded_S, _TELEPHONE_RATE_HZ, SAMPLING_RATE_HZ)[: len(audio_S)]
+
+
+def _over_telephone(manifest: Manifest, row: int, rng: np.random.Generator) -> np.ndarray:
+    return telephone_line(_read(manifest[row]), str(rng.choice(["ULAW", "ALAW"])))
+
+
+def _in_noise(manifest: Manifest, row: int, rng: np.random.Generator) -> np.ndarray:
+    audio_S = _read(manifest[row])
+    snr_db, babble_share = rng.uniform(*_SNR_DB), rng.uniform(0.2, 0.8)
+    power = np.mean(np.square(audio_S)) * 10 ** (-snr_db / 10)
+    babble_S = _babble(manifest, row, len(audio_S), rng) * np.float32(np.sqrt(power * babble_share))
+    return add_noise(audio_S, snr_db - 10 * np.log10(1 - babble_share), rng) + babble_S
+
+
+def _babble(manifest: Manifest, row: int, num_samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Some other utterances at once, each equally loud: float32 [num_samples] of power 1."""
+    others = np.delete(np.arange(len(manifest)), row)
+    count = min(len(others), int(rng.integers(_TALKERS[0], _TALKERS[1] + 1)))
+    babble_S = np.zeros(num_samples, np.float32)
+    for other in rng.choice(others, count, replace=False):
+        voice_S = _read(manifest[other])
+        voice_S = np.take(voice_S, rng.integers(len(voice_S)) + np.arange(num_samples), mode="wrap")
+        babble_S += voice_S / max(float(voice_S.std()), 1e-5)
+    return babble_S / max(float(np.sqrt(np.mean(np.square(babble_S)))), 1e-5)
+
+
+def _band_pass(audio_S: np.ndarray) -> np.ndarray:
+    """Keeps the telephone band of float32 [S] at 8 kHz; raised-cosine slopes, no delay."""
+    padded = len(audio_S) + _TELEPHONE_RATE_HZ // 10  # the filter's ring must not come in at the beginning again
+    frequencies_hz = np.fft.rfftfreq(padded, 1 / _TELEPHONE_RATE_HZ)
+    low = np.clip((frequencies_hz - (_BAND_HZ[0] - _EDGES_HZ[0])) / _EDGES_HZ[0], 0, 1)
+    high = np.clip(((_BAND_HZ[1] + _EDGES_HZ[1]) - frequencies_hz) / _EDGES_HZ[1], 0, 1)
+    gain = (1 - np.cos(np.pi * low)) * (1 - np.cos(np.pi * high)) / 4
+    return np.fft.irfft(np.fft.rfft(audio_S, padded) * gain, padded)[: len(audio_S)].astype(np.float32)
+
+
+def _generator(kind: str, utterance_id: str) -> np.random.Generator:
+    return np.random.default_rng(int(hashlib.sha256(f"{kind}:{utterance_id}".encode()).hexdigest(), 16))
+
+
+def _read(utterance: Utterance) -> np.ndarray:
+    return read_audio(utterance.audio_path, SAMPLING_RATE_HZ, utterance.start_s, utterance.duration_s)
+
+
+def _moved(utterance: Utterance, path: Path, num_samples: int) -> Utterance:
+    """The same utterance, whose recording is now the file `path` (16 kHz, mono) alone."""
+    return replace(
+        utterance,
+        audio_path=path,
+        start_s=0.0,
+        duration_s=num_samples / SAMPLING_RATE_HZ,
+        sampling_rate_hz=SAMPLING_RATE_HZ,
+        num_samples=num_samples,
+        channels=1,
+    )
