@@ -26,6 +26,7 @@ class LoudnessModel(torch.nn.Module):
     """Token = loudness x 20 of the frame. Language: "en" up to token 5, else "fr"."""
 
     languages = ("en", "fr")
+    attention_head = None
     frame_shift_s = FRAME / 16000
 
     def __init__(self) -> None:

@@ -1,0 +1,219 @@
+"""A recogniser on a pretrained Whisper (tiny, with random weights): what it starts from, learns, keeps and writes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mole_asr.asr.checkpoint import load_model, save_model
+from mole_asr.asr.fine_tuning import FineTuning, choose_trained, fine_tuning_optimizer
+from mole_asr.asr.losses import losses
+from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel, from_checkpoint
+from mole_asr.asr.whisper import WhisperEncoder
+from mole_asr.asr.whisper_checkpoint import load_whisper
+from mole_asr.corpus.batch import Batch
+from mole_asr.corpus.text_tokenizer import TextTokenizer
+from mole_asr.errors import MoleError
+from mole_asr.transcribe.transcriber import Transcriber
+
+from .conftest import LANGUAGES
+
+
+def build(folder: Path, tokenizer: TextTokenizer, **changes: Any) -> PretrainedModel:
+    torch.manual_seed(0)
+    switches = {"num_mole_blocks": 1, "language_tokenizer_block": 1, **changes}
+    config = PretrainedConfig(checkpoint=str(folder), **switches)
+    return from_checkpoint(config, LANGUAGES, tokenizer.vocab_size)
+
+
+@pytest.fixture
+def model(whisper_folder: Path, tokenizer: TextTokenizer) -> PretrainedModel:
+    return build(whisper_folder, tokenizer)
+
+
+def attention_loss(model: PretrainedModel, batch: Batch, smoothing: float = 0.1) -> Tensor:
+    output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
+    assert model.attention_head is not None and output.memory_BTD is not None
+    arguments = output.memory_BTD, output.lengths_B, batch.texts, batch.languages_B
+    return model.attention_head.loss(*arguments, smoothing=smoothing)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"num_mole_blocks": 2, "language_tokenizer_block": 0},
+        {"expert_of": "family"},
+        {"routing_unit": "frame", "reliability": "entropy"},
+        {"num_mole_blocks": 0, "mixture": "dense", "language_tokenizer_block": 2},
+    ],
+)
+def test_training_starts_from_whispers_own_function(
+    whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch, switches: dict[str, Any]
+) -> None:
+    model = build(whisper_folder, tokenizer, **switches).eval()
+    checkpoint = load_whisper(whisper_folder)
+    whisper = WhisperEncoder(checkpoint.config).eval()
+    whisper.load_state_dict(checkpoint.encoder)
+    with torch.inference_mode():
+        output = model(batch.audio_BS, batch.audio_lengths_B)
+        wanted_BTD, lengths_B = whisper(*model.features(batch.audio_BS, batch.audio_lengths_B))
+    assert torch.equal(output.lengths_B, lengths_B) and output.memory_BTD is not None
+    for row, length in enumerate(lengths_B.tolist()):
+        torch.testing.assert_close(output.memory_BTD[row, :length], wanted_BTD[row, :length], atol=2e-5, rtol=1e-4)
+
+
+def test_a_saved_model_gives_the_same_output(
+    model: PretrainedModel, tokenizer: TextTokenizer, batch: Batch, tmp_path: Path
+) -> None:
+    model.train()(batch.audio_BS, batch.audio_lengths_B)  # moves the statistics of the CTC head
+    save_model(model, tokenizer, tmp_path / "model")
+    again, _ = load_model(tmp_path / "model")
+    assert isinstance(again, PretrainedModel) and again.config == model.config and model.attention_head is not None
+    with torch.inference_mode():
+        first, second = (m.eval()(batch.audio_BS, batch.audio_lengths_B) for m in (model, again))
+        assert torch.equal(first.log_probs_BTV, second.log_probs_BTV)
+        written = [
+            m.attention_head.greedy(o.memory_BTD, o.lengths_B, batch.languages_B)
+            for m, o in ((model, first), (again, second))
+            if m.attention_head is not None and o.memory_BTD is not None
+        ]
+    assert written[0] == written[1]
+
+
+def test_an_utterance_does_not_depend_on_its_batch(model: PretrainedModel, batch: Batch) -> None:
+    model.eval()
+    with torch.inference_mode():
+        together = model(batch.audio_BS, batch.audio_lengths_B)
+        for row, samples in enumerate(batch.audio_lengths_B.tolist()):
+            alone = model(batch.audio_BS[row : row + 1, :samples], batch.audio_lengths_B[row : row + 1])
+            frames = int(alone.lengths_B)
+            torch.testing.assert_close(
+                together.log_probs_BTV[row, :frames], alone.log_probs_BTV[0], atol=2e-4, rtol=1e-3
+            )
+
+
+def test_attention_loss_is_the_cross_entropy_of_each_text(model: PretrainedModel, batch: Batch) -> None:
+    model.eval()
+    head = model.attention_head
+    assert head is not None
+    with torch.inference_mode():
+        output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
+        assert output.memory_BTD is not None
+        total, count = 0.0, 0
+        for row, text in enumerate(batch.texts):
+            prompt, body = head.prompts[int(batch.languages_B[row])], head.tokenizer.encode(text)
+            tokens = torch.tensor([[*prompt, *body, head.tokenizer.end_id]])
+            memory = output.memory_BTD[row : row + 1, : int(output.lengths_B[row])], output.lengths_B[row : row + 1]
+            logits_UV = head.decoder(tokens[:, :-1], *memory)[0, len(prompt) - 1 :]
+            total += functional.cross_entropy(logits_UV, tokens[0, len(prompt) :], reduction="sum").item()
+            count += len(body) + 1
+        assert attention_loss(model, batch, smoothing=0.0).item() == pytest.approx(total / count, rel=1e-4)
+
+
+def test_greedy_search_equals_recomputing_everything(model: PretrainedModel, batch: Batch) -> None:
+    model.eval()
+    head = model.attention_head
+    assert head is not None
+    with torch.inference_mode():
+        output = model(batch.audio_BS, batch.audio_lengths_B)
+        assert output.memory_BTD is not None
+        languages_B = torch.tensor([0, 2, 1, -1])  # "none" has a shorter prompt
+        texts = head.greedy(output.memory_BTD, output.lengths_B, languages_B)
+        for row, language in enumerate(languages_B.tolist()):
+            length = int(output.lengths_B[row])
+            ids = list(head.prompts[language]) if language >= 0 else head.tokenizer.prompt(None)
+            prompt = len(ids)
+            limit = length // 4 + 10
+            while len(ids) - prompt < limit:
+                memory_BTD = output.memory_BTD[row : row + 1, :length]
+                logits_V = head.decoder(torch.tensor([ids]), memory_BTD, output.lengths_B[row : row + 1])[0, -1]
+                token = int(logits_V[: head.tokenizer.end_id + 1].argmax())
+                if token == head.tokenizer.end_id:
+                    break
+                ids.append(token)
+            assert texts[row] == head.tokenizer.decode(ids[prompt:]).strip()
+
+
+def test_stages_and_frozen_parts(model: PretrainedModel, batch: Batch) -> None:
+    config = FineTuning(lr=1e-2, frozen_blocks=1, new_lr=1e-2, new_parts_share=0.5, weight_decay=0.1)
+    optimizer, schedule = fine_tuning_optimizer(model, 2, config, steps=4)
+    changed: list[set[str]] = []
+    for step in range(4):
+        before = {name: value.clone() for name, value in model.named_parameters()}
+        new_only = choose_trained(model, 2, config, step, steps=4)
+        output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
+        total = sum(losses(output, batch).values(), torch.zeros(()))
+        if not new_only:
+            total = total + attention_loss(model, batch)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        schedule.step()
+        changed.append({name for name, value in model.named_parameters() if not torch.equal(value, before[name])})
+        assert new_only == (step < 2)
+    assert {name.split(".")[0] for name in changed[0]} == {"mixture", "ctc"}
+    later = {name for names in changed[2:] for name in names}
+    assert any(name.startswith("encoder.blocks.1.feed_forward.moe.experts.w1") for name in later)
+    assert any(name.startswith("attention_head.decoder.blocks.0") for name in later)
+    still = ("encoder.stem.", "encoder.blocks.0.", "attention_head.decoder.embedding.")
+    assert not [name for name in later if name.startswith(still)]
+
+
+def test_learning_rates_fall_from_the_top() -> None:
+    config = FineTuning(lr=1.0, layer_decay=0.5, new_lr=7.0)
+    names = ["ctc.linear.weight", "encoder.norm.weight", "encoder.blocks.2.x", "encoder.blocks.0.x", "encoder.stem.x"]
+    assert [config.rate(name, 3) for name in names] == [7.0, 1.0, 1.0, 0.25, 0.125]
+    assert FineTuning(frozen_blocks=1).rate("encoder.stem.first.weight", 3) == 0
+    assert [config.scale(step, 100, new=False) > 0 for step in (9, 10)] == [False, True]
+
+
+def test_it_learns_a_few_utterances_by_heart(model: PretrainedModel, tokenizer: TextTokenizer, batch: Batch) -> None:
+    optimizer, _ = fine_tuning_optimizer(model, 2, FineTuning(lr=3e-3, new_lr=1e-2, new_parts_share=0), steps=10**6)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
+    choose_trained(model, 2, FineTuning(new_parts_share=0), 1, 2)
+    for _ in range(60):
+        output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
+        total = sum(losses(output, batch).values(), torch.zeros(())) + attention_loss(model, batch)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    transcriber = Transcriber(model.eval(), tokenizer)
+    waves = [audio_S[:n].numpy() for audio_S, n in zip(batch.audio_BS, batch.audio_lengths_B.tolist(), strict=True)]
+    by_head = {}
+    for head in ("attention", "ctc"):
+        transcriber.choose_head(head)  # type: ignore[arg-type]
+        transcripts = list(transcriber.transcribe(waves))
+        by_head[head] = [t.text for t in transcripts]
+        assert [t.language for t in transcripts] == [LANGUAGES[n] for n in batch.languages_B.tolist()]
+        words = [word for t in transcripts for segment in t.segments for word in segment.words]
+        assert all(0 <= word.start_s <= word.end_s and 0 < word.confidence <= 1 for word in words)
+    assert by_head["attention"] == batch.texts
+    assert by_head["ctc"] == batch.texts
+
+
+def test_without_an_attention_head(whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch) -> None:
+    model = build(whisper_folder, tokenizer, attention_head=False)
+    assert not any("decoder" in name for name, _ in model.named_parameters())
+    transcriber = Transcriber(model.eval(), tokenizer)
+    with pytest.raises(MoleError, match="has no attention head"):
+        transcriber.choose_head("attention")
+    list(transcriber.transcribe(batch.audio_BS[0].numpy()))
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"num_mole_blocks": 3}, "num_mole_blocks: 3, but the encoder has 2"),
+        ({"language_tokenizer_block": 2}, r"language_tokenizer_block: 2 must be 0\.\.1"),
+    ],
+)
+def test_sizes_that_the_checkpoint_has_not(
+    whisper_folder: Path, tokenizer: TextTokenizer, switches: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MoleError, match=message):
+        build(whisper_folder, tokenizer, **switches)
