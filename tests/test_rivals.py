@@ -23,6 +23,7 @@ MODULES = ("plan", "results", "training", "measure", "tables", "pictures", "run"
 LANGUAGES = ["en", "es", "fr", "it", "ru"]
 TEXTS = {"en": "abc", "es": "bcd", "fr": "cde", "it": "dea", "ru": "жзи"}
 TINY = {"d_model": 8, "d_ff": 8, "num_blocks": 2, "num_mole_blocks": 1, "language_tokenizer_block": 1, "num_heads": 1}
+TESTS = {"test", "noisy", "telephone"}  # without the other corpus
 TAKEN = {"en": 10, "es": 2, "fr": 5, "it": 10, "ru": 1}  # of 10 utterances, in prompts5-low
 TINY |= {"intermediate_ctc_blocks": [1], "kernel_size": 3}
 
@@ -44,11 +45,11 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A corpus of noise in five languages, with a degraded test set but without new speakers."""
+    """A corpus of noise in five languages, without new speakers."""
     rng = np.random.default_rng(0)
     corpus = tmp_path / "data" / "prompts5"
     (corpus / "audio").mkdir(parents=True)
-    for split, count in (("train", 10), ("dev", 1), ("test", 2), ("test_noisy", 2)):
+    for split, count in (("train", 10), ("dev", 1), ("test", 2)):
         utterances = []
         for code in LANGUAGES:
             for n in range(count):
@@ -74,9 +75,9 @@ def test_the_whole_command(
     table = capsys.readouterr().out.partition("### ")[2]
     rows = rows_of(folder)
     assert {(row["system"], row["test_set"]) for row in rows} == {
-        (system, test) for system in ("dense", "mole", "mole-true") for test in ("test", "noisy")
+        (system, test) for system in ("dense", "mole", "mole-true") for test in TESTS
     }
-    assert len(rows) == 3 * 2 * (len(LANGUAGES) + 1)
+    assert len(rows) == 3 * 3 * (len(LANGUAGES) + 1)
     for row in rows:
         assert row["wer"] >= 0 and row["words"] == (10 if row["language"] == "all" else 2)
         taken = TAKEN.get(row["language"], sum(TAKEN.values()))
@@ -105,16 +106,18 @@ def test_the_whole_command(
 def test_a_new_test_set_needs_no_new_training(recipe: dict[str, ModuleType], data: Path, tmp_path: Path) -> None:
     folder = recipe["plan"].HERE
     words = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--systems", "switch"]
-    noisy = data / "prompts5" / "cuts_test_noisy.jsonl"
-    noisy.rename(tmp_path / "later.jsonl")
     assert recipe["run"].main(words) == 0
     first = rows_of(folder)
-    assert {row["test_set"] for row in first} == {"test"}
-    (tmp_path / "later.jsonl").rename(noisy)
+    assert {row["test_set"] for row in first} == TESTS
+    (data / "voices13").mkdir()
+    (data / "voices13" / "cuts_test.jsonl").touch()
+    voices = (data / "prompts5" / "cuts_train.jsonl").read_text().replace('"id": "fr-', '"id": "tuxpaint-fr-')
+    (data / "voices13" / "cuts_unseen.jsonl").write_text(voices)
     assert recipe["run"].main(words) == 0
     rows = rows_of(folder)
-    assert rows[: len(first)] == first and {row["test_set"] for row in rows} == {"test", "noisy"}
+    assert rows[: len(first)] == first and {row["test_set"] for row in rows} == TESTS | {"unseen"}
     assert len({row["train_seconds"] for row in rows}) == 1
+    assert [row["language"] for row in rows if row["test_set"] == "unseen"] == ["fr", "all"]
 
 
 def test_another_configuration_or_corpus_is_refused(

@@ -24,6 +24,7 @@ from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.errors import MoleError
 
 ROOT = HERE.parents[1]
+DEGRADED = {"noisy": "noise", "telephone": "telephone"}  # copies of the test set
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def prepare(setting: Setting, source: str | None) -> None:
-    """Corpus, tokenizer and training manifest of a condition, where they are missing."""
+    """Corpus, degraded test sets, tokenizer and training manifest of a condition, where they are missing."""
     name = setting.condition.corpus
     corpus = setting.data / name
     if not (corpus / "cuts_train.jsonl").exists():
         from mole_asr.data_prep import prompts, voices13
 
         {"prompts5": prompts.prepare, "voices13": voices13.prepare}[name](corpus, source=source)
+    for name, kind in DEGRADED.items():
+        if not (corpus / f"cuts_test_{name}.jsonl").exists():
+            from mole_asr.data_prep import degraded
+
+            degraded.prepare(corpus / "cuts_test.jsonl", corpus / f"cuts_test_{name}.jsonl", kind)
     if not (corpus / "tokenizer" / "tokenizer.model").exists():
         train_tokenizer(corpus / "cuts_train.jsonl", corpus / "tokenizer", model_type="char", byte_fallback=False)
     if setting.condition.shares and not setting.train_manifest.exists():
