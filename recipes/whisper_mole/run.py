@@ -1,0 +1,224 @@
+"""Trains MoLE on a pretrained Whisper and compares it with Whisper itself; see README.md.
+
+`python recipes/whisper_mole/run.py --whisper FOLDER`: prepare, tokenizer, fit, transcribe, score, for each model and
+test set that results.json lacks. Give the same command again after an interruption: what is done stays done.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from results import Results
+
+from mole_asr.asr.fit import fit
+from mole_asr.bench.whisper import whisper
+from mole_asr.corpus.manifest import Manifest, write_manifest
+from mole_asr.corpus.text_tokenizer import train_tokenizer
+from mole_asr.data_prep import voices13
+from mole_asr.errors import MoleError
+from mole_asr.score.figures import language_rows
+from mole_asr.score.score import score
+from mole_asr.transcribe.command import TranscribeResult, transcribe
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CONFIG = ROOT / "conf/asr/whisper_mole.yaml"
+HEADS = ("attention", "ctc")
+PEERS = tuple(f"whisper-{kind}-{told}" for kind in ("int8", "float32") for told in ("given", "detected"))
+FOLD_ACCENTS = ("es",)  # the Spanish prompts are written without them
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model of this recipe.
+
+    Attributes:
+        prefixes: sources (starts of utterance ids) of voices13 that it is trained on; none: all.
+        epochs: so many that each model makes about as many steps.
+    """
+
+    prefixes: tuple[str, ...]
+    epochs: int
+
+
+TRAININGS = {"voices13": Training((), 3), "prompts5": Training(("prompts-",), 12)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Utterances of voices13.
+
+    Attributes:
+        split: of the corpus.
+        prefixes: sources; none: all.
+        every: so manyth utterance is enough.
+        min_seconds: shorter ones are left out.
+    """
+
+    split: str
+    prefixes: tuple[str, ...] = ()
+    every: int = 1
+    min_seconds: float = 0.0
+
+
+TESTS = {
+    "voices13": Part("test"),
+    "prompts5": Part("test", ("prompts-",)),
+    "unseen": Part("unseen", every=3),
+    "unseen over 2 s": Part("unseen", min_seconds=2.0),
+}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Folders: of the corpus, of the runs, of the Whisper to start from and to compare with."""
+
+    data: Path
+    runs: Path
+    whisper: str
+
+    def test(self, name: str) -> Path:
+        """The manifest of a test set."""
+        return self.runs / "tests" / f"{name.replace(' ', '_')}.jsonl"
+
+
+def select(manifest: Path, output: Path, test: Part) -> Path:
+    """Writes some of a manifest's utterances; keeps what is there."""
+    if not output.exists():
+        table = Manifest(manifest)
+        utterances = (table[row] for row in range(len(table)))
+        chosen = [u for u in utterances if u.id.startswith(test.prefixes or "") and u.duration_s >= test.min_seconds]
+        write_manifest(chosen[:: test.every], output)
+    return output
+
+
+def prepare(places: Places, source: str | None) -> None:
+    """Corpus, text tokenizer, training and test manifests, where they are missing."""
+    if not (places.data / "cuts_train.jsonl").exists():
+        voices13.prepare(str(places.data), source=source)
+    for name, training in TRAININGS.items():
+        for split in ("train", "dev"):
+            part = Part(split, training.prefixes)
+            select(places.data / f"cuts_{split}.jsonl", places.runs / name / f"{split}.jsonl", part)
+        tokenizer = places.runs / name / "tokenizer"
+        if not tokenizer.exists():
+            train_tokenizer(places.runs / name / "train.jsonl", tokenizer, model_type="char", byte_fallback=False)
+    for name, test in TESTS.items():
+        select(places.data / f"cuts_{test.split}.jsonl", places.test(name), test)
+
+
+def train(name: str, places: Places, words: list[str]) -> Path:
+    """Trains a model, or goes on with its training; returns its folder."""
+    folder = places.runs / name
+    if not (folder / "model/model.safetensors").exists():
+        fit(
+            [
+                f"--config={CONFIG}",
+                f"--output={folder}",
+                f"--data.train_manifest={folder / 'train.jsonl'}",
+                f"--data.valid_manifest={folder / 'dev.jsonl'}",
+                f"--data.tokenizer={folder / 'tokenizer'}",
+                f"--model.pretrained.checkpoint={places.whisper}",
+                f"--trainer.max_epochs={TRAININGS[name].epochs}",
+                *words,
+            ]
+        )
+    return folder / "model"
+
+
+def hear(system: str, test: Path, output: Path, places: Places) -> TranscribeResult:
+    """Transcribes a test set with a model of ours (`voices13-ctc`, ...) or a peer (`whisper-int8-given`, ...)."""
+    if system in PEERS:
+        kind: Any
+        told: Any
+        _, kind, told = system.split("-")
+        return whisper(str(test), str(output), model=places.whisper, compute_type=kind, language=told)
+    name, _, head = system.partition("-")
+    chosen: Any = head
+    return transcribe([str(test)], model=str(places.runs / name / "model"), output=str(output), beam=0, head=chosen)
+
+
+def measure(system: str, test_set: str, places: Places, results: Results) -> None:
+    """Transcribes and scores what results.json lacks."""
+    test, output = places.test(test_set), places.runs / "heard" / system
+    hypothesis = output / test.name
+    if not hypothesis.exists():
+        hear(system, test, output, places)
+    report = score(test, hypothesis, fold_accents=FOLD_ACCENTS)
+    facts = {"system": system, "test_set": test_set, "date": date.today().isoformat()}
+    hours = {} if system in PEERS else hours_of(places.runs / system.partition("-")[0] / "train.jsonl")
+    results.add([facts | row | {"train_hours": hours.get(row["language"])} for row in language_rows(report)])
+    print(f"{system} on {test_set}: macro WER {report.macro.wer.value:.1f} %", flush=True)
+
+
+def hours_of(manifest: Path) -> dict[str, float]:
+    """Hours of each language, before any is repeated."""
+    table = Manifest(manifest)
+    seconds_N = np.bincount(table.language_ids, weights=table.durations_s)
+    return {code: round(float(seconds) / 3600, 3) for code, seconds in zip(table.languages, seconds_N, strict=True)}
+
+
+def measure_speed(places: Places, results: Results, repeat: int = 3) -> None:
+    """Times all systems on the same utterances, in turns, so that each meets the same machine; the medians count."""
+    test = select(places.data / "cuts_test.jsonl", places.test("speed"), Part("test", every=12))
+    systems = [f"{name}-{head}" for name in TRAININGS for head in HEADS if (places.runs / name / "model").exists()]
+    factors: dict[str, list[float]] = {system: [] for system in [*systems, *PEERS]}
+    for turn in range(repeat):
+        for system in factors:
+            output = places.runs / "speed" / f"{system}-{turn}"
+            factors[system].append(hear(system, test, output, places).real_time_factor)
+    rows = [
+        {"system": system, "test_set": "speed", "language": "all", "real_time_factor": round(float(np.median(each)), 5)}
+        for system, each in factors.items()
+    ]
+    results.add([row | {"date": date.today().isoformat()} for row in rows])
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs the command; arguments that it does not know go to `mole-asr fit`.
+
+    Returns:
+        0, or 1 where something is wrong that the user can put right.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--whisper", help="folder of a multilingual Whisper in CTranslate2's format")
+    parser.add_argument("--models", nargs="*", default=list(TRAININGS), choices=list(TRAININGS), metavar="MODEL")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="PEER")
+    parser.add_argument("--data", type=Path, default=ROOT / "data/voices13", help="the corpus (%(default)s)")
+    parser.add_argument("--source", help="folder with the Debian packages of the corpus, where apt cannot fetch them")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/whisper_mole", help="of the runs (%(default)s)")
+    parser.add_argument("--results", type=Path, default=HERE, help="folder of results.json (%(default)s)")
+    parser.add_argument("--speed", action="store_true", help="only time all systems, on a machine that is not in use")
+    parser.add_argument("--table", action="store_true", help="only write the tables into README.md, and the pictures")
+    options, fit_words = parser.parse_known_args(words)
+    try:
+        results = Results(options.results)
+        if not options.table:
+            if options.whisper is None:
+                raise MoleError("--whisper: name the folder of a multilingual Whisper in CTranslate2's format")
+            places = Places(options.data.absolute(), options.runs.absolute(), options.whisper)
+            prepare(places, options.source)
+            if options.speed:
+                measure_speed(places, results)
+            systems = [f"{name}-{head}" for name in options.models for head in HEADS] + list(options.peers)
+            for name in options.models:
+                train(name, places, fit_words)
+            for system in [] if options.speed else systems:
+                for test_set in TESTS:
+                    if not results.has(system, test_set):
+                        measure(system, test_set, places, results)
+        from tables import write_all
+
+        print(write_all(results, options.results))
+    except MoleError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
