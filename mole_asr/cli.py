@@ -34,6 +34,8 @@ VERBS = {
     "tokenizer train": Verb("mole_asr.corpus.text_tokenizer:train_tokenizer", "train a text tokenizer on a manifest"),
     "tokenizer extend": Verb("mole_asr.corpus.text_tokenizer:extend_tokenizer", "add the pieces of a new language"),
     "fit": Verb("mole_asr.asr.fit:fit", "train a model, or go on with an interrupted training"),
+    "extend": Verb("mole_asr.asr.extend:extend", "make room for new languages in a trained model"),
+    "prune": Verb("mole_asr.asr.prune:prune", "a smaller model of some of the languages"),
     "transcribe": Verb(
         "mole_asr.transcribe.command:transcribe", "audio files, folders, manifests to text", "files", prints=False
     ),

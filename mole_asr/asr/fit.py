@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -40,6 +40,26 @@ _EXPECTED_WARNINGS = (
 )
 
 
+class AverageWeights(WeightAveraging):
+    """Exponential moving average of the weights, updated every few steps.
+
+    Lightning's own adds two products, whose rounding changes what stood still; so a frozen weight would not keep its
+    bits.
+
+    Args:
+        decay: weight of the old average.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(
+            avg_fn=lambda average, now, _: average.lerp(now, 1 - decay) if now.is_floating_point() else now
+        )
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether this is a step to update at."""
+        return step_idx is not None and step_idx % AVERAGE_EVERY_STEPS == 0
+
+
 class ExportModel(Callback):
     """Writes the model folder at the end of the training: the averaged weights, and n-grams of the training texts.
 
@@ -59,18 +79,19 @@ class ExportModel(Callback):
             # Once more: Lightning does not do it when a complete run is started again.
             self.average.on_train_end(trainer, pl_module)
         if trainer.is_global_zero:
-            save_ngrams(_count_ngrams(trainer), self.folder / NGRAM_FILE)
+            save_ngrams({**pl_module.old_ngrams, **_count_ngrams(trainer)}, self.folder / NGRAM_FILE)
             save_model(pl_module.model, pl_module.text_tokenizer, self.folder)
             print(f"model written to {self.folder}", file=sys.stderr)
 
 
 def _count_ngrams(trainer: Trainer) -> dict[str, TokenNgram]:
-    """N-grams of the training texts, a language; of a large corpus, of some of them."""
+    """N-grams of the training texts, of each language that has any; of a large corpus, of some of them."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(data, SpeechDataModule)
     return {
         language: TokenNgram.count(texts[:: 1 + len(texts) // MOST_TEXTS], data.vocab_size)
         for language, texts in data.training_labels().items()
+        if texts
     }
 
 
@@ -109,7 +130,7 @@ class MoleCLI(LightningCLI):
         output = Path(config["output"])
         average = None
         if config["average_decay"] > 0:
-            average = EMAWeightAveraging(decay=config["average_decay"], update_every_n_steps=AVERAGE_EVERY_STEPS)
+            average = AverageWeights(config["average_decay"])
         callbacks: list[Callback] = [
             *([average] if average else []),
             LearningRateMonitor("step"),

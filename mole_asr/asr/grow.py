@@ -6,30 +6,32 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mole_asr.asr.checkpoint import Recogniser
+from mole_asr.asr.generations import Generation, generations_of, put_to_sleep, set_generations
 from mole_asr.asr.mixture import MixtureConfig
-from mole_asr.asr.model import MoleModel
+from mole_asr.asr.model import EncoderConfig, MoleModel
+from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel
 from mole_asr.corpus.families import family_of
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
 
 Config = TypeVar("Config", bound=MixtureConfig)
 
-# Where, in which dimension, and with which value the new rows of a parameter start: a new piece starts so unlikely that
-# the old ones keep their probabilities until it is trained.
-_VOCABULARY = {"ctc.weight": 0, "ctc.bias": 0, "condition.weight": 1}
-_NEW_PIECE_BIAS = -10.0
 # A new language's expert starts as a copy of the agnostic expert, which heard all languages.
 _EXPERTS = {"w1_EFD": "shared_w1_FD", "b1_EF": "shared_b1_F", "w2_EDF": "shared_w2_DF", "b2_ED": "shared_b2_D"}
 
 
 def grow_model(
-    model: MoleModel,
+    model: Recogniser,
     tokenizer: TextTokenizer,
     new_tokenizer: TextTokenizer,
     new_languages: list[str],
     expert_of: dict[str, str] | None = None,
-) -> MoleModel:
-    """Makes a model with the old weights and room for new pieces and languages.
+) -> Recogniser:
+    """Makes a model with the old weights and room for new pieces and languages, which sleep (see `asr/generations.py`).
+
+    Before it is trained, it gives bit for bit what the old one gave: no piece and no language that sleeps has any
+    probability. (The reliability "entropy" alone counts languages, and changes with their number.)
 
     Args:
         model: the trained model.
@@ -40,7 +42,7 @@ def grow_model(
             `model.mixture.expert_names`); by default that of its family where there is one, else a new expert.
 
     Raises:
-        MoleError: old ids or languages would change their meaning.
+        MoleError: old ids or languages would change their meaning, or the model was pruned.
     """
     old_pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
     if [new_tokenizer.piece(i) for i in range(min(tokenizer.vocab_size, new_tokenizer.vocab_size))] != old_pieces:
@@ -52,12 +54,27 @@ def grow_model(
         raise MoleError(
             f"data.languages: {new_languages} must begin with those of the model to start from, {model.languages}"
         )
+    if model.mixture.kept is not None:
+        raise MoleError("the model to start from was pruned; take the one that it was made of")
     config = grown_config(model.config, model.languages, new_languages, expert_of or {})
-    grown = MoleModel(config, new_languages, new_tokenizer.vocab_size)
+    grown = _wider(model, config, new_languages, new_tokenizer.vocab_size)
     old_state = model.state_dict()
     for name, new in grown.state_dict().items():
         grow_tensor(name, new, old_state, config.num_experts if config.mixture == "group" else 1)
+    added = Generation(len(new_languages) - len(model.languages), new_tokenizer.vocab_size - tokenizer.vocab_size)
+    set_generations(grown, [*generations_of(model), added] if any(added) else generations_of(model))
+    if any(added):
+        put_to_sleep(grown)
     return grown
+
+
+def _wider(model: Recogniser, config: MixtureConfig, languages: list[str], vocab_size: int) -> Recogniser:
+    """An untrained model of the same kind."""
+    if isinstance(model, PretrainedModel):
+        assert isinstance(config, PretrainedConfig)
+        return PretrainedModel(config, model.whisper, model.whisper_tokenizer, languages, vocab_size)
+    assert isinstance(config, EncoderConfig)
+    return MoleModel(config, languages, vocab_size)
 
 
 def grown_config(config: Config, languages: list[str], new_languages: list[str], expert_of: dict[str, str]) -> Config:
@@ -107,10 +124,8 @@ def grow_tensor(name: str, new: Tensor, old_state: dict[str, Tensor], group: int
         return
     leaf = name.rpartition(".")[2]
     shared = old_state.get(f"{name.rpartition('.')[0]}.{_EXPERTS.get(leaf)}")
-    dim = _VOCABULARY.get(name, 0)
-    if name in _VOCABULARY:
-        new.fill_(_NEW_PIECE_BIAS if name == "ctc.bias" else 0.0)
-    elif leaf in _EXPERTS and shared is not None:
+    dim = next(dim for dim, size in enumerate(old.shape) if size != new.shape[dim])
+    if leaf in _EXPERTS and shared is not None:
         new.copy_(shared.expand_as(new))
     elif leaf in _EXPERTS or ".router." in name:
         # No expert heard all languages: their mean did (a language's first expert from the first experts, and so on).
@@ -118,5 +133,5 @@ def grow_tensor(name: str, new: Tensor, old_state: dict[str, Tensor], group: int
         new.copy_(mean.repeat(len(new) // group, *[1] * (new.ndim - 1)))
     elif name.endswith("language_embedding.weight"):
         new.copy_(old.mean(0).expand_as(new))
-    # Else the language tokenizer: new languages keep their random rows.
+    # Else a row of a head or of the language tokenizer: it will sleep.
     new.narrow(dim, 0, old.shape[dim]).copy_(old)

@@ -204,12 +204,15 @@ class ExpertMixture(nn.Module):
     Attributes:
         languages: the codes that the language tokenizer tells apart.
         kept: of these, the places of those that the model still has; None for all (see `asr/prune.py`).
+        generations: how many languages and pieces came together, one after the other (see `asr/generations.py`); empty
+            where all did.
     """
 
     def __init__(self, config: MixtureConfig, languages: list[str], d_model: int) -> None:
         super().__init__()
         self.config, self.d_model, self.num_languages = config, d_model, len(languages)
         self.languages = list(languages)
+        self.generations: tuple[tuple[int, int], ...] = ()
         names = config.expert_names(languages)
         self.expert_names = list(dict.fromkeys(names))  # in the order of their first languages: growing appends
         own = len(self.expert_names) == len(languages)

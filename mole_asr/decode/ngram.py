@@ -27,13 +27,15 @@ class TokenNgram:
     tokens seen behind the history h, and h' is h without its oldest token. Below the empty history all are alike.
 
     Args:
-        vocab_size: V; ids are 0..V-1, and V is the end of the text.
+        vocab_size: V; ids are 0..V-1.
         ngrams_MO: int32, distinct n-grams of the highest order; texts are padded with `START` in front.
         counts_M: how often each was seen.
+        known: V when the texts were counted, the id that stands for their end; later pieces are never expected.
     """
 
-    def __init__(self, vocab_size: int, ngrams_MO: np.ndarray, counts_M: np.ndarray) -> None:
+    def __init__(self, vocab_size: int, ngrams_MO: np.ndarray, counts_M: np.ndarray, known: int | None = None) -> None:
         self.vocab_size, self.ngrams_MO, self.counts_M = vocab_size, ngrams_MO, counts_M
+        self.known = vocab_size if known is None else known
         self.order = ngrams_MO.shape[1]
         self.probabilities = lru_cache(maxsize=100_000)(self._probabilities)
 
@@ -59,10 +61,13 @@ class TokenNgram:
     def log_probs(self, text: Sequence[int]) -> np.ndarray:
         """Natural logarithms float64[V + 1] of what follows a text so far; the last one is the end."""
         padded = [START] * (self.order - 1) + list(text[-self.order + 1 :] if self.order > 1 else [])
-        return np.log(self.probabilities(tuple(padded[len(padded) - self.order + 1 :])))
+        logs = np.log(self.probabilities(tuple(padded[len(padded) - self.order + 1 :])))
+        if self.known == self.vocab_size:
+            return logs
+        return np.concatenate([logs[:-1], np.full(self.vocab_size - self.known, -np.inf), logs[-1:]])
 
     def _probabilities(self, history: tuple[int, ...]) -> np.ndarray:
-        size = self.vocab_size + 1
+        size = self.known + 1
         shorter = self.probabilities(history[1:]) if history else np.full(size, 1 / size)
         seen = self._counts.get(history)
         if not seen:
@@ -78,6 +83,7 @@ def save_ngrams(models: dict[str, TokenNgram], path: str | Path) -> None:
     for language, model in models.items():
         tensors[f"{language}.ngrams"] = model.ngrams_MO
         tensors[f"{language}.counts"] = model.counts_M
+        tensors[f"{language}.pieces"] = np.array([model.known], np.int32)
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
 
@@ -91,8 +97,10 @@ def load_ngrams(path: str | Path, vocab_size: int) -> dict[str, TokenNgram]:
     try:
         tensors = load_file(path)
         languages = [name.removesuffix(".ngrams") for name in tensors if name.endswith(".ngrams")]
-        return {
-            name: TokenNgram(vocab_size, tensors[f"{name}.ngrams"], tensors[f"{name}.counts"]) for name in languages
-        }
+        models = {}
+        for name in languages:
+            known = int(tensors.get(f"{name}.pieces", np.array([vocab_size]))[0])
+            models[name] = TokenNgram(vocab_size, tensors[f"{name}.ngrams"], tensors[f"{name}.counts"], known)
+        return models
     except Exception as error:  # safetensors raises its own kind, a missing key another
         raise MoleError(f"{path}: not the n-grams of a model ({error}); train the model anew, or delete it") from None

@@ -4,6 +4,7 @@ Shape letters: E experts, D model width, F expert width (the first product gives
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -114,6 +115,14 @@ class Experts(nn.Module):
         """One expert's parameters each. Under autograd, indexing a stack in a loop costs O(E^2); this does not."""
         stacks = [[None] * self.num_experts if tensor is None else tensor.unbind(0) for tensor in self.stack()]
         return [ExpertWeights(*tensors) for tensors in zip(*stacks, strict=True)]
+
+    def keep(self, experts: Sequence[int]) -> None:
+        """Leaves only these of the E experts, in this order; their parameters are new ones."""
+        self.num_experts = len(experts)
+        for name in ("w1_EFD", "b1_EF", "w2_EDF", "b2_ED"):
+            stack = getattr(self, name)
+            if stack is not None:
+                setattr(self, name, nn.Parameter(stack.detach()[list(experts)], stack.requires_grad))
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""

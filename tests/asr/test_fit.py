@@ -17,6 +17,7 @@ import torch
 
 from mole_asr.asr import fit as fit_module
 from mole_asr.asr.checkpoint import load_model
+from mole_asr.asr.extend import extend
 from mole_asr.asr.fit import fit
 from mole_asr.asr.task import MoleTask, OptimizerConfig
 from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
@@ -349,6 +350,51 @@ def test_a_trained_model_grows_to_a_new_language(
     assert tokenizer.vocab_size == model.vocab_size == len(old["ctc.bias"]) + 2
     # Nothing was learnt (rates of zero): the old rows must be those of the old model.
     assert torch.equal(model.state_dict()["ctc.weight"][:-2], old["ctc.weight"])
+
+
+def test_a_new_language_is_trained_alone(
+    command: Callable[..., list[str]], tones: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Recordings of the new language only; an interrupted run, averages and clipping included."""
+    fit(command(output=tmp_path / "old"))
+    manifest = Manifest(tones / "train.jsonl")
+    dutch = [replace(manifest[row], language="nl", text=manifest[row].text.replace("a", "x")) for row in range(8)]
+    write_manifest(dutch, tmp_path / "dutch.jsonl")
+    extend_tokenizer(tokenizer_folder, tmp_path / "dutch.jsonl", tmp_path / "wider", extra_pieces=1)
+    extend(
+        str(tmp_path / "old" / "model"),
+        str(tmp_path / "room"),
+        languages=["nl"],
+        tokenizer=str(tmp_path / "wider"),
+    )
+    words = [word for word in command() if not word.startswith("--model.encoder")]
+    changes = {
+        "output": tmp_path / "new",
+        "data.train_manifest": tmp_path / "dutch.jsonl",
+        "data.valid_manifest": tmp_path / "dutch.jsonl",
+        "data.tokenizer": tmp_path / "wider",
+        "data.languages": "[de, en, nl]",
+        "model.init_from": tmp_path / "room",
+        "model.freeze_old": "true",
+        "trainer.gradient_clip_val": 1.0,
+    }
+    words += [f"--{key}={value}" for key, value in changes.items()]
+    fit([*words, "--trainer.max_epochs=1"])
+    fit(words)  # goes on
+    before, after = weights(tmp_path / "old"), weights(tmp_path / "new")
+    assert set(before) == set(after)
+    for name, old in before.items():
+        new = after[name]
+        grown = [dim for dim, size in enumerate(old.shape) if new.shape[dim] != size]
+        for dim in grown:
+            added = new.narrow(dim, old.shape[dim], new.shape[dim] - old.shape[dim])
+            assert (added != -1e4).all(), "awake"
+            new = new.narrow(dim, 0, old.shape[dim])
+        assert torch.equal(new, old), name
+    ngrams = load_ngrams(tmp_path / "new" / "model" / NGRAM_FILE, TextTokenizer(tmp_path / "wider").vocab_size)
+    assert set(ngrams) == {"de", "en", "nl"}
+    with pytest.raises(MoleError, match="nothing old"):
+        fit([*command(output=tmp_path / "third"), "--model.freeze_old=true"])
 
 
 def test_ctrl_c_leaves_as_such(

@@ -41,6 +41,17 @@ def test_what_was_read_is_likely() -> None:
     assert model.log_probs([0, 1, 2]).argmax() in (3, 4), "an unknown history counts by its newest part"
 
 
+def test_pieces_that_came_later_change_nothing(tmp_path: Path) -> None:
+    model = TokenNgram.count(TEXTS, vocab_size=5)
+    save_ngrams({"en": model}, tmp_path / "ngrams.safetensors")
+    wider = load_ngrams(tmp_path / "ngrams.safetensors", 8)["en"]
+    for history in ([], [1], [1, 2, 3], [4, 4]):
+        old, new = model.log_probs(history), wider.log_probs(history)
+        np.testing.assert_array_equal(new[[0, 1, 2, 3, 4, 8]], old)
+        assert (new[5:8] == -np.inf).all()
+    assert np.isfinite(wider.log_probs([6])[:5]).all(), "behind a piece that it does not know"
+
+
 def test_saved_and_read_again(tmp_path: Path) -> None:
     models = {"en": TokenNgram.count(TEXTS, 5), "no": TokenNgram.count([], 5)}
     save_ngrams(models, tmp_path / "ngrams.safetensors")

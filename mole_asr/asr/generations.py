@@ -1,0 +1,195 @@
+"""Which languages and pieces came when; what came last can sleep, be woken, and be trained alone.
+
+All functions go by the types of a model's modules, so they serve every model that has an `ExpertMixture`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mole_asr.asr.attention_head import AttentionHead
+from mole_asr.asr.mixture import ExpertMixture, MixtureFeedForward
+from mole_asr.errors import MoleError
+from mole_asr.moe.parts import ASLEEP, PartedInput, PartedLinear
+
+# What a piece starts from when its training begins: so unlikely that old ones keep their probabilities meanwhile.
+NEW_PIECE_BIAS = -10.0
+
+
+class Generation(NamedTuple):
+    """How many languages and pieces came together."""
+
+    languages: int
+    pieces: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The last generation's rows of a parameter: those from `start` on, in dimension `dim`."""
+
+    parameter: Tensor
+    start: int
+    dim: int = 0
+
+    @property
+    def new(self) -> Tensor:
+        """These rows, as a view."""
+        return self.parameter.data.narrow(self.dim, self.start, self.parameter.shape[self.dim] - self.start)
+
+    @property
+    def old(self) -> Tensor:
+        """All rows before them, as a view."""
+        return self.parameter.data.narrow(self.dim, 0, self.start)
+
+    def without_old(self, gradient: Tensor) -> Tensor:
+        """A gradient of the parameter, zero in the old rows."""
+        gradient = gradient.clone()
+        gradient.narrow(self.dim, 0, self.start).zero_()
+        return gradient
+
+
+def mixture_of(model: nn.Module) -> ExpertMixture:
+    """The one `ExpertMixture` of a model."""
+    return next(module for module in model.modules() if isinstance(module, ExpertMixture))
+
+
+def generations_of(model: nn.Module) -> list[Generation]:
+    """The generations of a model, the first one first."""
+    mixture = mixture_of(model)
+    if mixture.generations:
+        return [Generation(*counts) for counts in mixture.generations]
+    return [Generation(mixture.num_languages, sum(_heads(model)[0].parts))]
+
+
+def set_generations(model: nn.Module, generations: Sequence[Generation]) -> None:
+    """Makes a model compute each generation apart, so that a later one cannot touch the bits of those before it."""
+    mixture = mixture_of(model)
+    mixture.generations = tuple(generations)
+    pieces = tuple(generation.pieces for generation in generations if generation.pieces)
+    for layer in _heads(model):
+        layer.parts = pieces
+    mixture.arrange([generation.languages for generation in generations if generation.languages], mixture.kept)
+
+
+@torch.no_grad()
+def put_to_sleep(model: nn.Module) -> None:
+    """Gives the last generation's languages and pieces no probability at all, whatever is heard."""
+    for rows in (*_language_rows(model), *_piece_rows(model)):
+        rows.new.fill_(ASLEEP if rows.parameter.ndim == 1 else 0.0)
+
+
+@torch.no_grad()
+def wake(model: nn.Module) -> None:
+    """Gives what sleeps a start from which it can be trained: a language as likely as the mean of the others."""
+    for layer in (mixture_of(model).language_tokenizer.languages, *_heads(model)):
+        if not isinstance(layer, PartedLinear):
+            continue
+        asleep = layer.bias == ASLEEP
+        if layer in _heads(model):
+            layer.bias[asleep] = NEW_PIECE_BIAS
+        else:
+            layer.weight[asleep], layer.bias[asleep] = layer.weight[~asleep].mean(0), layer.bias[~asleep].mean()
+
+
+def train_last_generation(model: nn.Module) -> list[Rows]:
+    """Freezes all but what the last generation brought: its experts, and its rows of heads and language tokenizer.
+
+    Returns:
+        The rows that are to be trained. The old rows beside them get no gradients; see `guard` for what else it takes.
+
+    Raises:
+        MoleError: the model has no second generation, or each language has routers of its own.
+    """
+    mixture = mixture_of(model)
+    if len(generations_of(model)) < 2:
+        raise MoleError("model.freeze_old: the model has nothing new; make room for it with `mole-asr extend`")
+    if mixture.config.mixture == "group":
+        raise MoleError("model.freeze_old: a model with groups of experts cannot be trained in part")
+    trained = [*_language_rows(model), *_piece_rows(model), *_expert_rows(model)]
+    model.requires_grad_(False)
+    for rows in trained:
+        rows.parameter.requires_grad_().register_hook(rows.without_old)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):  # its running statistics are old, too
+            module.register_forward_pre_hook(lambda module, _: module.eval() and None)
+    return trained
+
+
+def guard(trained: Sequence[Rows], optimizer: torch.optim.Optimizer) -> None:
+    """Puts the old rows back after each step of an optimizer: not even weight decay changes a bit of them."""
+    saved = [(rows, rows.old.clone()) for rows in trained]
+
+    def put_back(*_: object) -> None:
+        for rows, old in saved:
+            rows.old.copy_(old)
+
+    optimizer.register_step_post_hook(put_back)
+
+
+def _heads(model: nn.Module) -> list[PartedLinear | PartedInput]:
+    """The layers that give or take tokens."""
+    languages = mixture_of(model).language_tokenizer.languages
+    return [m for m in model.modules() if isinstance(m, PartedLinear | PartedInput) and m is not languages]
+
+
+def _language_rows(model: nn.Module) -> Iterator[Rows]:
+    mixture, new = mixture_of(model), generations_of(model)[-1].languages
+    if new:
+        start = mixture.num_languages - new
+        yield from (Rows(parameter, start) for parameter in mixture.language_tokenizer.languages.parameters())
+        if mixture.language_embedding is not None:
+            yield Rows(mixture.language_embedding.weight, start)
+
+
+def _piece_rows(model: nn.Module) -> Iterator[Rows]:
+    generations = generations_of(model)
+    start = sum(generation.pieces for generation in generations[:-1])
+    for layer in _heads(model) if generations[-1].pieces else []:
+        if isinstance(layer, PartedInput):
+            yield Rows(layer.weight, start, dim=1)
+        else:
+            yield from (Rows(parameter, start) for parameter in layer.parameters())
+
+
+def _expert_rows(model: nn.Module) -> Iterator[Rows]:
+    """Experts of the last generation's languages that no older language has."""
+    mixture, new = mixture_of(model), generations_of(model)[-1].languages
+    experts = mixture.families or range(mixture.num_languages)
+    start = max(experts[: mixture.num_languages - new]) + 1
+    if mixture.config.mixture != "language" or start == mixture.language_router.num_experts:
+        return
+    for layer in model.modules():
+        if isinstance(layer, MixtureFeedForward):
+            yield from (Rows(tensor, start) for tensor in layer.moe.experts.stack() if tensor is not None)
+
+
+def keep_languages(model: nn.Module, languages: Sequence[str]) -> None:
+    """Takes all other languages out of a model, in place, with the experts that only they have.
+
+    The language tokenizer still hears them: the reliability depends on it.
+
+    Args:
+        model: with `languages`, its codes.
+        languages: those to keep, in the order of the model; not empty.
+
+    Raises:
+        MoleError: the experts are not those of languages.
+    """
+    mixture = mixture_of(model)
+    if mixture.config.mixture != "language" or mixture.config.language_embedding or not languages:
+        raise MoleError("languages: only a model with experts of languages can be pruned, and one must be left")
+    experts = mixture.families or list(range(mixture.num_languages))
+    before = sorted({experts[language] for language in mixture.kept or range(mixture.num_languages)})
+    kept = [mixture.languages.index(code) for code in languages]
+    left = [before.index(expert) for expert in sorted({experts[language] for language in kept})]
+    for layer in model.modules():
+        if isinstance(layer, MixtureFeedForward):
+            layer.moe.experts.keep(left)
+        if isinstance(layer, AttentionHead):
+            layer.set_languages(languages)
+    mixture.arrange(mixture.language_router.parts, kept)
+    model.languages = list(languages)  # type: ignore[assignment]

@@ -1,0 +1,46 @@
+"""The `prune` verb: a smaller model of some of the languages, which gives the same for them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mole_asr.asr.checkpoint import load_model, save_model
+from mole_asr.asr.generations import keep_languages
+from mole_asr.decode.ngram import NGRAM_FILE, load_ngrams, save_ngrams
+from mole_asr.errors import MoleError
+
+
+def prune(model: str, output: str, *, languages: Sequence[str]) -> str:
+    """Takes all languages but a few out of a trained model, with their experts.
+
+    For an utterance whose language is given, or heard as one that is kept, log-probabilities and reliability are those
+    of the whole model, bit for bit. Where the whole model would hear a language that was taken out, the pruned one
+    takes the likeliest of those that are left. The language tokenizer keeps its few weights for the others: how much it
+    hears of them is part of the reliability. Pieces stay for the same reason. The language probabilities of a
+    transcript are over those that are left.
+
+    Args:
+        model: folder of the trained model.
+        output: folder of the smaller one; it cannot be trained further.
+        languages: codes of those to keep.
+
+    Returns:
+        What is left.
+
+    Raises:
+        MoleError: the model cannot be read, has not one of the languages, or has no experts of languages.
+    """
+    if Path(output).resolve() == Path(model).resolve():
+        raise MoleError(f"output {output}: is the old model; give another folder")
+    whole, tokenizer = load_model(model)
+    before = sum(p.numel() for p in whole.parameters())
+    for code in languages:
+        if code not in whole.languages:
+            raise MoleError(f"languages: the model has no {code}; it has {', '.join(whole.languages)}")
+    keep_languages(whole, [code for code in whole.languages if code in languages])
+    ngrams = Path(model) / NGRAM_FILE
+    if ngrams.exists():
+        kept = load_ngrams(ngrams, tokenizer.vocab_size)
+        save_ngrams({code: kept[code] for code in whole.languages if code in kept}, Path(output) / NGRAM_FILE)
+    save_model(whole, tokenizer, output)
+    after = sum(p.numel() for p in whole.parameters())
+    return f"{output}: {', '.join(whole.languages)}; {after:,} of {before:,} parameters"
