@@ -58,17 +58,24 @@ class DecoderCache:
             self.bias_G1T[index_G],
         )
 
+    def places(self, num_tokens: int) -> int:
+        """P, room for the tokens read and so many new ones."""
+        return -(-(self.length + num_tokens) // CACHE_BLOCK) * CACHE_BLOCK
+
     def append(self, block: int, key_GUW: Tensor, value_GUW: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the keys and values of new tokens (behind `length`); returns those of all tokens."""
+        """Writes the keys and values of new tokens (behind `length`); returns all places, those behind are zero.
+
+        Products with a part of the places would copy that part first; whole, and masked, they do not.
+        """
         end = self.length + key_GUW.shape[1]
         key_GPW, value_GPW = self.self_LGPW[block] if self.length else (key_GUW[:, :0], value_GUW[:, :0])
-        if end > key_GPW.shape[1]:
-            room = -(-end // CACHE_BLOCK) * CACHE_BLOCK - key_GPW.shape[1]
+        room = self.places(key_GUW.shape[1]) - key_GPW.shape[1]
+        if room:
             key_GPW, value_GPW = (functional.pad(part, (0, 0, 0, room)) for part in (key_GPW, value_GPW))
             self.self_LGPW[block] = (key_GPW, value_GPW)
         key_GPW[:, self.length : end] = key_GUW
         value_GPW[:, self.length : end] = value_GUW
-        return key_GPW[:, :end], value_GPW[:, :end]
+        return key_GPW, value_GPW
 
 
 class CrossAttention(nn.Module):
@@ -153,7 +160,7 @@ class WhisperDecoder(nn.Module):
             MoleError: more tokens than positions.
         """
         x_BUD = self._embed(tokens_BU, 0)
-        bias_1UU = self._causal(tokens_BU.shape[1], 0, x_BUD)
+        bias_1UU = self._causal(tokens_BU.shape[1], 0, tokens_BU.shape[1], x_BUD)
         bias_G1T = key_mask_bias(valid_mask(memory_lengths_B, memory_BTD.shape[1]), self.config.decoder_heads)
         for block in self.blocks:
             x_BUD = block(x_BUD, bias_1UU, memory_BTD, bias_G1T)
@@ -180,10 +187,11 @@ class WhisperDecoder(nn.Module):
             MoleError: more tokens than positions.
         """
         x_BUD = self._embed(tokens_BU, cache.length)
-        bias_1UP = self._causal(tokens_BU.shape[1], cache.length, x_BUD)
+        num_tokens = tokens_BU.shape[1]
+        bias_1UP = self._causal(num_tokens, cache.length, cache.places(num_tokens), x_BUD)
         for i, block in enumerate(self._blocks()):
             x_BUD = block.read(x_BUD, bias_1UP, cache, i)
-        cache.length += tokens_BU.shape[1]
+        cache.length += num_tokens
         return self.logits(x_BUD[:, -1])
 
     def step(self, token_B: Tensor, cache: DecoderCache) -> Tensor:
@@ -202,10 +210,10 @@ class WhisperDecoder(nn.Module):
         return self.embedding(tokens_BU) + self.positions_UD[start:end]
 
     @staticmethod
-    def _causal(num_tokens: int, start: int, like: Tensor) -> Tensor:
-        """MASKED where a token would see a later one: [1, U, start + U], in the type of matrix products."""
+    def _causal(num_tokens: int, start: int, places: int, like: Tensor) -> Tensor:
+        """MASKED where a token would see a later one: [1, U, P], in the type of matrix products."""
         dtype = like.dtype
         if torch.is_autocast_enabled(like.device.type):
             dtype = torch.get_autocast_dtype(like.device.type)
-        bias_UP = torch.full((num_tokens, start + num_tokens), MASKED, dtype=dtype, device=like.device)
+        bias_UP = torch.full((num_tokens, places), MASKED, dtype=dtype, device=like.device)
         return bias_UP.triu_(start + 1)[None]
