@@ -120,6 +120,21 @@ def test_a_new_test_set_needs_no_new_training(recipe: dict[str, ModuleType], dat
     assert [row["language"] for row in rows if row["test_set"] == "unseen"] == ["fr", "all"]
 
 
+def test_synthetic_voices_are_trained_on_too(
+    recipe: dict[str, ModuleType], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--systems", "omni"]
+    words += ["--conditions", "prompts5-synthetic"]
+    assert recipe["run"].main(words) == 1
+    assert "mole-asr prepare synthetic" in capsys.readouterr().err
+    voices = (data / "prompts5" / "cuts_train.jsonl").read_text().replace('"id": "', '"id": "synthetic-')
+    (data / "prompts5-synthetic").mkdir()
+    (data / "prompts5-synthetic" / "cuts_train.jsonl").write_text(voices)
+    assert recipe["run"].main(words) == 0
+    hours = [row["train_hours"] for row in rows_of(recipe["plan"].HERE) if row["language"] == "fr"]
+    assert hours == pytest.approx([2 * 10 * 0.5 / 3600] * len(TESTS), abs=1e-4)
+
+
 def test_another_configuration_or_corpus_is_refused(
     recipe: dict[str, ModuleType], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

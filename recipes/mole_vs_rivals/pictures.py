@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from measure import BINS
 from plan import CONDITIONS, SYSTEMS
 from results import Results, detail_key
@@ -48,6 +49,9 @@ def _wer_by_hours(results: Results, conditions: list[str]) -> Figure:
                 for code, x, y in zip(codes, hours, rates, strict=True):
                     axes.annotate(code, (x, y), textcoords="offset points", xytext=(3, 5), fontsize=8)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(ScalarFormatter())
+        axes.tick_params(axis="x", which="both", labelsize=7)
         axes.set_xlabel("hours of training speech")
         axes.set_ylabel("WER %")
         axes.set_title(condition, fontsize=10)
@@ -70,14 +74,15 @@ def _reliability(results: Results, conditions: list[str]) -> Figure | None:
         axes = figure.add_subplot(1, len(cells), place)
         counts = [np.sum([run[f"reliability_{which}"] for run in runs], axis=0) for which in ("right", "wrong")]
         centres = (BINS[:-1] + BINS[1:]) / 2
-        bottom = np.zeros(len(centres))
         for values, colour, which in zip(counts, _RIGHT_WRONG, ("right", "wrong"), strict=True):
-            axes.bar(centres, values, width=BINS[1], bottom=bottom, color=colour, label=f"language {which}")
-            bottom = bottom + values
+            shares = 100 * values / max(values.sum(), 1)
+            axes.bar(
+                centres, shares, width=BINS[1], color=colour, alpha=0.7, label=f"{which}: {values.sum()} utterances"
+            )
         axes.set_xlabel("r")
-        axes.set_ylabel("utterances, all seeds")
+        axes.set_ylabel("% of these utterances, all seeds")
         axes.set_title(f"MoLE, {condition}, {test}", fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, title="language", loc="upper left")
     return figure
 
 

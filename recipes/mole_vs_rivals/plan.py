@@ -62,6 +62,7 @@ class Condition:
         corpus: folder with the manifests for training, below the folder of the corpora.
         tests: test sets; those whose manifests are not there are passed over.
         shares: language -> share of its training hours that is used.
+        synthetic: manifest of synthetic voices that are trained on too, below the folder of the corpora.
         low: languages that the tables call low-resource.
     """
 
@@ -70,6 +71,7 @@ class Condition:
     corpus: str
     tests: tuple[TestSet, ...]
     shares: dict[str, float] = field(default_factory=dict)
+    synthetic: str | None = None
     low: tuple[str, ...] = ()
 
     @property
@@ -134,9 +136,16 @@ CONDITIONS = {
             "prompts5",
             _PROMPTS_TESTS,
             _SHARES,
-            tuple(sorted(_SHARES)),
+            low=tuple(sorted(_SHARES)),
         ),
         Condition("prompts5-augmented", "five studio voices, all augmentation", "prompts5", _PROMPTS_TESTS),
+        Condition(
+            "prompts5-synthetic",
+            "the same, and synthetic voices that read the same texts",
+            "prompts5",
+            _PROMPTS_TESTS,
+            synthetic="prompts5-synthetic/cuts_train.jsonl",
+        ),
         Condition("voices13", "thirteen languages as they come", "voices13", _VOICES_TESTS, low=_LOW13),
     )
 }

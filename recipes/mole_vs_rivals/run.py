@@ -18,7 +18,7 @@ from plan import BASE, CONDITIONS, HERE, SYSTEMS, Condition, System
 from results import Results, Row
 from training import train
 
-from mole_asr.corpus.manifest import Manifest
+from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.subset import thin
 from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.errors import MoleError
@@ -49,8 +49,8 @@ class Setting:
 
     @property
     def train_manifest(self) -> Path:
-        """What is trained on; a part of the corpus where the condition takes shares of it."""
-        if self.condition.shares:
+        """What is trained on: the corpus, or what the condition makes of it."""
+        if self.condition.shares or self.condition.synthetic:
             return self.runs / self.condition.name / "cuts_train.jsonl"
         return self.data / self.condition.corpus / "cuts_train.jsonl"
 
@@ -101,8 +101,19 @@ def prepare(setting: Setting, source: str | None) -> None:
             degraded.prepare(corpus / "cuts_test.jsonl", corpus / f"cuts_test_{name}.jsonl", kind)
     if not (corpus / "tokenizer" / "tokenizer.model").exists():
         train_tokenizer(corpus / "cuts_train.jsonl", corpus / "tokenizer", model_type="char", byte_fallback=False)
-    if setting.condition.shares and not setting.train_manifest.exists():
-        thin(corpus / "cuts_train.jsonl", setting.train_manifest, setting.condition.shares)
+    if not setting.train_manifest.exists():
+        _make_train_manifest(setting, corpus)
+
+
+def _make_train_manifest(setting: Setting, corpus: Path) -> None:
+    """Writes the condition's shares of the corpus, and synthetic voices."""
+    real, voices = setting.train_manifest.with_name("cuts_real.jsonl"), setting.condition.synthetic
+    if voices is not None and not (setting.data / voices).exists():
+        verb = f"mole-asr prepare synthetic {corpus / 'cuts_train.jsonl'} {(setting.data / voices).parent}"
+        raise MoleError(f"{setting.data / voices}: no such manifest; make it with `{verb}`")
+    thin(corpus / "cuts_train.jsonl", real, setting.condition.shares)
+    tables = [Manifest(real), *([Manifest(setting.data / voices)] if voices is not None else [])]
+    write_manifest((table[row] for table in tables for row in range(len(table))), setting.train_manifest)
 
 
 def hours_of(manifest: Manifest) -> dict[str, float]:
