@@ -114,7 +114,7 @@ def test_files_that_do_not_fit_each_other(
     for changed, word in [
         ({**config, "format": 99}, "format"),
         ({**config, "encoder": {**config["encoder"], "d_ff": 99}}, "does not fit"),
-        ({**config, "encoder": {**config["encoder"], "wonder": 1}}, "encoder.wonder"),
+        ({**config, "encoder": {**config["encoder"], "wonder": 1}}, "unknown key wonder"),
         ({**config, "encoder": {**config["encoder"], "kernel_size": 4}}, "kernel_size"),
         ({"format": config["format"], "encoder": config["encoder"]}, "vocab_size"),
         ({"format": config["format"], "vocab_size": config["vocab_size"]}, "encoder"),
