@@ -23,9 +23,9 @@ from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
 from mole_asr.corpus.subset import thin
 from mole_asr.files import atomic_path
 from mole_asr.moe.losses import expert_counts
-from mole_asr.score.language_id import language_id, split_reliability
-from mole_asr.score.score import ScoreReport, score
-from mole_asr.score.scripts import wrong_script_share
+from mole_asr.score.figures import language_rows
+from mole_asr.score.language_id import split_reliability
+from mole_asr.score.score import score
 from mole_asr.transcribe.transcriber import Transcriber, load
 
 FOLD_ACCENTS = ("es",)  # the prompts are written without them
@@ -129,8 +129,6 @@ def figures(manifest: Path, hypothesis: Path, heard: Heard) -> tuple[list[Row], 
     """
     report = score(manifest, hypothesis, fold_accents=FOLD_ACCENTS)
     languages = [pair.language for pair in report.pairs]
-    rows = [_row(report, code, [n for n, other in enumerate(languages) if other == code]) for code in report.languages]
-    rows.append(_row(report, "all", list(range(len(languages)))))
     codes = sorted(set(languages))
     utterances = {
         "ids_crc": zlib.crc32("\n".join(pair.id for pair in report.pairs).encode()),
@@ -150,26 +148,4 @@ def figures(manifest: Path, hypothesis: Path, heard: Heard) -> tuple[list[Row], 
             for language, layers in heard.serves.items()
         },
     }
-    return rows, utterances, details
-
-
-def _row(report: ScoreReport, language: str, places: list[int]) -> Row:
-    pairs, counts_4 = [report.pairs[n] for n in places], report.counts_N4[places].sum(0)
-    found = language_id(pairs)
-    share = wrong_script_share(pairs)
-    return {
-        "language": language,
-        "wer": _rounded(100 * counts_4[0] / counts_4[1] if counts_4[1] else None, 3),
-        "cer": _rounded(100 * counts_4[2] / counts_4[3] if counts_4[3] else None, 3),
-        "words": int(counts_4[1]),
-        "word_errors": int(counts_4[0]),
-        "language_id_accuracy": _rounded(found.language_id_accuracy, 2),
-        "ece": _rounded(found.ece, 4),
-        "reliability_right": _rounded(found.reliability_right, 4),
-        "reliability_wrong": _rounded(found.reliability_wrong, 4),
-        "wrong_script_share": _rounded(share, 5),
-    }
-
-
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(float(value), digits)
+    return language_rows(report), utterances, details

@@ -3,22 +3,19 @@
 Letters: N utterances, C columns of counts (errors and lengths of two systems).
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import numpy as np
 from plan import CONDITIONS, SYSTEMS, Condition
 from results import Results, Row, detail_key
 
-from mole_asr.files import write_text
 from mole_asr.score.bootstrap import Difference
 from mole_asr.score.groups import Group, Macro, differences
+from mole_asr.score.markdown import markdown_table, write_between_marks
 
 RIVALS = {"dense": "dense", "lr-moe": "LR-MoE"}
-_MARKS = ("<!-- tables: written by run.py -->", "<!-- end of tables -->")
 _ABSENT = "–"
 
 
@@ -29,10 +26,7 @@ def write_tables(results: Results, readme: Path) -> str:
         The tables as Markdown.
     """
     text = "\n\n".join(part for name in CONDITIONS for part in _condition(results, CONDITIONS[name]))
-    if readme.exists() and _MARKS[0] in (old := readme.read_text(encoding="utf-8")):
-        begin, end = map(re.escape, _MARKS)
-        body = f"{_MARKS[0]}\n\n{text}\n\n{_MARKS[1]}"
-        write_text(readme, re.sub(f"{begin}.*{end}", lambda _: body, old, flags=re.DOTALL))
+    write_between_marks(readme, text)
     return text
 
 
@@ -93,7 +87,7 @@ def _main(results: Results, condition: Condition, systems: list[str]) -> str:
         cells.append(_spread([row["train_seconds"] / 60 for row in all_rows]))
         cells += [f"{mean(row['real_time_factor'] for row in all_rows):.4f}", str(len(all_rows))]
         lines.append(cells)
-    return _markdown(header, lines)
+    return markdown_table(header, lines)
 
 
 def _by_language(results: Results, condition: Condition, systems: list[str]) -> str:
@@ -110,7 +104,7 @@ def _by_language(results: Results, condition: Condition, systems: list[str]) -> 
             for code in codes
         ]
         lines.append([SYSTEMS[system].title, *cells])
-    return _markdown(["WER / CER %", *(f"{code} ({hours[code]:.2f} h)" for code in codes)], lines)
+    return markdown_table(["WER / CER %", *(f"{code} ({hours[code]:.2f} h)" for code in codes)], lines)
 
 
 def _other_tests(results: Results, condition: Condition, systems: list[str], tests: list[str]) -> str:
@@ -125,7 +119,7 @@ def _other_tests(results: Results, condition: Condition, systems: list[str], tes
             cells += [f"{wer} / {cer}", right, _spread([rows["all"]["ece"] for rows in runs], 3)]
         lines.append(cells)
     names = [name for test in tests for name in (f"{test}: WER / CER %", "language ID %", "ECE of r")]
-    return _markdown(["macro", *names], lines)
+    return markdown_table(["macro", *names], lines)
 
 
 def compare(results: Results, condition: str, system: str, rival: str, test_set: str = "test") -> Difference | None:
@@ -161,8 +155,3 @@ def _difference(found: Difference | None) -> str:
         return _ABSENT
     low, high = found.interval
     return f"{found.value:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def _markdown(header: list[str], lines: list[list[Any]]) -> str:
-    rule = ["---", *["--:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))

@@ -45,7 +45,7 @@ class Training:
     epochs: int
 
 
-TRAININGS = {"voices13": Training((), 3), "prompts5": Training(("prompts-",), 12)}
+TRAININGS = {"voices13": Training((), 2), "prompts5": Training(("prompts-",), 6)}
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """The tables of README.md and the picture, from results.json alone."""
 
-import re
 from pathlib import Path
 from statistics import mean
 
 from results import Results, Row
 
-from mole_asr.files import atomic_path, write_text
+from mole_asr.files import atomic_path
+from mole_asr.score.markdown import markdown_table, write_between_marks
 
-MARKS = ("<!-- tables: written by run.py -->", "<!-- end of tables -->")
 REFERENCE = "whisper-int8-given"
 TITLES = {
     "voices13-attention": "MoLE on Whisper base, text decoder",
@@ -25,11 +24,7 @@ TITLES = {
 def write_all(results: Results, folder: Path) -> str:
     """Writes the tables between the marks of README.md, and the picture; returns the tables."""
     text = "\n\n".join([main_table(results), language_table(results)])
-    readme = folder / "README.md"
-    if readme.exists() and MARKS[0] in (old := readme.read_text(encoding="utf-8")):
-        pattern = re.escape(MARKS[0]) + ".*" + re.escape(MARKS[1])
-        body = f"{MARKS[0]}\n\n{text}\n\n{MARKS[1]}"
-        write_text(readme, re.sub(pattern, lambda _: body, old, flags=re.DOTALL))
+    write_between_marks(folder / "README.md", text)
     if results.has("voices13-attention", "voices13") and results.has(REFERENCE, "voices13"):
         draw(results, folder / "languages.svg")
     return text
@@ -65,7 +60,7 @@ def main_table(results: Results) -> str:
         cells.append(f"{faster:.1f} x" if faster else "–")
         if cells[1:].count("–") < len(cells) - 1:
             lines.append(cells)
-    return _markdown(header, lines)
+    return markdown_table(header, lines)
 
 
 def language_table(results: Results) -> str:
@@ -76,12 +71,7 @@ def language_table(results: Results) -> str:
         for system, title in TITLES.items()
         if (rows := results.of(system, "voices13"))
     ]
-    return _markdown(["`voices13` test, WER %", *codes], lines)
-
-
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["--:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+    return markdown_table(["`voices13` test, WER %", *codes], lines)
 
 
 def draw(results: Results, path: Path) -> None:

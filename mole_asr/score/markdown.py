@@ -1,0 +1,23 @@
+"""Tables in Markdown, and a README that a command writes them into."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mole_asr.files import write_text
+
+MARKS = ("<!-- tables: written by run.py -->", "<!-- end of tables -->")
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table; all columns but the first are aligned to the right."""
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+
+
+def write_between_marks(readme: Path, text: str) -> None:
+    """Replaces what stands between `MARKS` in a file; one that is missing or has no marks is left alone."""
+    if readme.exists() and MARKS[0] in (old := readme.read_text(encoding="utf-8")):
+        body = f"{MARKS[0]}\n\n{text}\n\n{MARKS[1]}"
+        begin, end = map(re.escape, MARKS)
+        write_text(readme, re.sub(f"{begin}.*{end}", lambda _: body, old, flags=re.DOTALL))
