@@ -109,5 +109,5 @@ def test_verbs_exist() -> None:
 
 
 def test_the_table_names_the_function_of_every_verb() -> None:
-    rows = dict(re.findall(r"^\| `([a-z ]+)` \| `(mole_asr[\w.]+)` \|$", readme(), re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([a-z0-9 ]+)` \| `(mole_asr[\w.]+)` \|$", readme(), re.MULTILINE))
     assert rows == {name: verb.function.replace(":", ".") for name, verb in VERBS.items()}
