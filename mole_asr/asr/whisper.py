@@ -19,6 +19,7 @@ from mole_asr.asr.subsampling import windows
 from mole_asr.audio.features import valid_mask
 from mole_asr.audio.read import SAMPLING_RATE_HZ
 from mole_asr.errors import MoleError
+from mole_asr.moe.experts import Activation, activate
 from mole_asr.moe.rows import PackedRows
 
 HOP = 160
@@ -207,17 +208,24 @@ class WhisperSelfAttention(nn.Module):
 
 
 class WhisperFeedForward(nn.Module):
-    """LayerNorm, then D -> F -> D with exact GELU. A MoE block with the same `forward` can stand in its place."""
+    """LayerNorm, then D -> F -> D. A mixture of experts with the same `forward` can stand in its place.
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
+    Args:
+        d_model: D.
+        d_ff: F.
+        activation: Whisper's is the exact GELU.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, activation: Activation = "gelu") -> None:
         super().__init__()
+        self.activation = activation
         self.norm = nn.LayerNorm(d_model)
         self.w1 = nn.Linear(d_model, d_ff)
         self.w2 = nn.Linear(d_ff, d_model)
 
     def forward(self, x_BTD: Tensor, frames: Frames | None = None, decision: object = None) -> Tensor:
         """Computes all frames; neither `frames` nor `decision` is looked at."""
-        return self.w2(functional.gelu(self.w1(self.norm(x_BTD))))
+        return self.w2(activate(self.w1(self.norm(x_BTD)), self.activation))
 
 
 class WhisperBlock(nn.Module):
@@ -243,6 +251,8 @@ class WhisperBlock(nn.Module):
 class WhisperEncoder(nn.Module):
     """Stem, blocks, LayerNorm. Attributes `stem`, `blocks`, `norm` are there to be run one by one."""
 
+    activation: Activation = "gelu"
+
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
         self.config = config
@@ -252,10 +262,14 @@ class WhisperEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.d_model)
 
+    def frames(self, lengths_B: Tensor, size: int) -> Frames:
+        """What the blocks need to know of a batch padded to `size` frames."""
+        return whisper_frames(lengths_B, size, self.config.encoder_heads)
+
     def forward(self, features_BTF: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes features of `WhisperFeatures`: x_BTD in float32, and its lengths in frames of 20 ms."""
         x_BTD, lengths_B = self.stem(features_BTF, frames_B)
-        frames = whisper_frames(lengths_B, x_BTD.shape[1], self.config.encoder_heads)
+        frames = self.frames(lengths_B, x_BTD.shape[1])
         for block in self.blocks:
             x_BTD = block(x_BTD, frames)
         return self.norm(x_BTD), lengths_B

@@ -1,26 +1,20 @@
 """Loads Whisper's checkpoints, as Hugging Face, OpenAI or CTranslate2 writes them, for our own modules."""
 
-import json
 import re
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from mole_asr.asr.ctranslate2_file import read_ctranslate2
+from mole_asr.asr.model_files import CONFIG, WEIGHTS, find_model, read_json, read_tensors, read_weights
 from mole_asr.asr.whisper import WhisperConfig, WhisperEncoder
 from mole_asr.asr.whisper_decoder import WhisperDecoder
 from mole_asr.asr.whisper_layouts import CTRANSLATE2, HUGGING_FACE, OPENAI, Layout, Tensors, convert
 from mole_asr.asr.whisper_tokenizer import FILE_NAME, WhisperTokenizer
 from mole_asr.errors import MoleError
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_INDEX = ".index.json"  # lists the shards of large weights
-_WEIGHTS = ("model.safetensors", "model.safetensors" + _INDEX, "pytorch_model.bin", "pytorch_model.bin" + _INDEX)
 _CTRANSLATE2 = "model.bin"
 
 
@@ -51,11 +45,7 @@ def load_whisper(path_or_hub_id: str | Path) -> WhisperCheckpoint:
     Raises:
         MoleError: nothing is there, or it is no whole Whisper model that we know how to run.
     """
-    path = Path(path_or_hub_id)
-    if not path.exists():
-        if not _HUB_ID.fullmatch(str(path_or_hub_id)):
-            raise MoleError(f"{path}: no such Whisper model; give a folder, a .pt file, or owner/name on the hub")
-        path = _download(str(path_or_hub_id))
+    path = find_model(path_or_hub_id, (CONFIG, FILE_NAME), (*WEIGHTS, _CTRANSLATE2))
     if path.is_file():
         weights, (config, tensors, layout) = path, _read_openai(path)
     elif (path / _CTRANSLATE2).exists():
@@ -85,8 +75,8 @@ def _check_shapes(config: WhisperConfig, encoder: Tensors, decoder: Tensors, pat
 
 
 def _read_hugging_face(folder: Path) -> tuple[WhisperConfig, Tensors, Layout]:
-    path = folder / "config.json"
-    values = _read_json(path)
+    path = folder / CONFIG
+    values = read_json(path)
     if values.get("model_type") != "whisper":
         raise MoleError(f"{path}: model_type {values.get('model_type')!r} is not 'whisper'; give a Whisper model")
     if values.get("activation_function", "gelu") != "gelu" or values.get("scale_embedding", False):
@@ -106,37 +96,12 @@ def _read_hugging_face(folder: Path) -> tuple[WhisperConfig, Tensors, Layout]:
         )
     except KeyError as error:
         raise MoleError(f"{path}: key {error.args[0]} is missing; copy the model anew") from None
-    tensors = _read_weights(folder)
+    tensors = read_weights(folder)
     return config, {name.removeprefix("model."): value for name, value in tensors.items()}, HUGGING_FACE
 
 
-def _read_weights(folder: Path) -> Tensors:
-    for name in _WEIGHTS:
-        path = folder / name
-        if not path.exists():
-            continue
-        if not name.endswith(_INDEX):
-            return _read_tensors(path)
-        shards = sorted(set(_read_json(path).get("weight_map", {}).values()))
-        return {key: value for shard in shards for key, value in _read_tensors(folder / shard).items()}
-    raise MoleError(f"{folder}: no weights; one of {', '.join(_WEIGHTS)} or {_CTRANSLATE2} must be there")
-
-
-def _read_tensors(path: Path) -> Any:
-    """What a safetensors file or a pickle of tensors holds; code in a pickle is not run."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise MoleError(f"{path}: no such file; copy the model anew") from None
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise MoleError(f"{path}: cannot be read as weights ({reason}); copy the model anew") from None
-
-
 def _read_openai(path: Path) -> tuple[WhisperConfig, Tensors, Layout]:
-    values = _read_tensors(path)
+    values = read_tensors(path)
     try:
         dims, tensors = values["dims"], values["model_state_dict"]
         config = WhisperConfig(
@@ -182,38 +147,3 @@ def _read_ctranslate2(path: Path) -> tuple[WhisperConfig, Tensors, Layout]:
     except (KeyError, ValueError) as error:
         raise MoleError(f"{path}: not a whole Whisper model ({error!r}); convert it anew") from None
     return config, tensors, CTRANSLATE2
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MoleError(f"{path}: cannot be read ({error.strerror}); give the folder of a Whisper model") from None
-    except ValueError as error:
-        raise MoleError(f"{path}: not JSON ({error}); copy the model anew") from None
-
-
-def _download(hub_id: str) -> Path:
-    """Fetches a model from the Hugging Face hub, or finds it in the hub's cache; returns its folder."""
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-    except ImportError:
-        raise MoleError(
-            f"{hub_id}: no such folder, and the hub needs huggingface_hub; pip install 'mole-asr[whisper]'"
-        ) from None
-    try:
-        folder = Path(hf_hub_download(hub_id, "config.json")).parent
-        hf_hub_download(hub_id, "tokenizer.json")
-        for name in (*_WEIGHTS, _CTRANSLATE2):
-            try:
-                path = Path(hf_hub_download(hub_id, name))
-            except EntryNotFoundError:  # it may be there under another name
-                continue
-            for shard in set(_read_json(path)["weight_map"].values()) if name.endswith(_INDEX) else ():
-                hf_hub_download(hub_id, shard)
-            return folder
-    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise MoleError(f"{hub_id}: no such folder, and the hub does not give it ({reason})") from None
-    raise MoleError(f"{hub_id}: the hub has no weights for it; one of {', '.join(_WEIGHTS)} must be there")

@@ -337,7 +337,7 @@ def test_a_pickle_does_not_run_code(whisper_folder: Path, tmp_path: Path) -> Non
 
 
 def test_what_is_neither_a_path_nor_a_hub_id(tmp_path: Path) -> None:
-    with pytest.raises(MoleError, match="no such Whisper model"):
+    with pytest.raises(MoleError, match="no such model"):
         load_whisper(tmp_path / "nothing")
 
 
