@@ -163,7 +163,7 @@ def measure(system: str, test_set: str, places: Places, results: Results) -> Non
     facts = {"system": system, "test_set": test_set, "date": date.today().isoformat()}
     hours = {} if system in PEERS else hours_of(places.runs / system.partition("-")[0] / "train.jsonl")
     results.add([facts | row | {"train_hours": hours.get(row["language"])} for row in language_rows(report)])
-    print(f"{system} on {test_set}: macro WER {report.macro.wer.value:.1f} %", flush=True)
+    print(f"{system} on {test_set}: macro WER {report.macro.wer:.1f} %", flush=True)
 
 
 def hours_of(manifest: Path) -> dict[str, float]:
