@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mole_asr.asr.generations import Generation, keep_languages, set_generations
 from mole_asr.asr.model import EncoderConfig, MoleModel
-from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel
-from mole_asr.asr.whisper import WhisperConfig
+from mole_asr.asr.pretrained import ENCODERS, EncoderSizes, PretrainedConfig, PretrainedModel
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
@@ -31,8 +30,9 @@ def save_model(model: Recogniser, tokenizer: TextTokenizer, folder: str | Path) 
     folder = Path(folder)
     config: dict[str, Any] = {"format": FORMAT, "vocab_size": model.vocab_size}
     if isinstance(model, PretrainedModel):
-        config |= {"pretrained": asdict(model.config), "whisper": asdict(model.whisper)}
-        model.whisper_tokenizer.save(folder)
+        config |= {"pretrained": asdict(model.config), model.kind: asdict(model.sizes)}
+        if model.whisper_tokenizer is not None:
+            model.whisper_tokenizer.save(folder)
     else:
         config["encoder"] = asdict(model.config)
     if model.mixture.generations:
@@ -85,10 +85,11 @@ def _build(config: Any, languages: Any, tokenizer: TextTokenizer, folder: Path) 
             "use the tokenizer it was trained with"
         )
     if "pretrained" in config:
+        kind = next(kind for kind in ENCODERS if kind in config)
         return PretrainedModel(
             _dataclass(PretrainedConfig, config["pretrained"], folder),
-            _dataclass(WhisperConfig, config["whisper"], folder),
-            WhisperTokenizer(folder),
+            _dataclass(ENCODERS[kind][0], config[kind], folder),
+            WhisperTokenizer(folder) if kind == "whisper" else None,
             languages,
             config["vocab_size"],
         )
@@ -109,7 +110,7 @@ def _read_json(path: Path) -> Any:
         raise MoleError(f"{path}: not JSON ({error}); copy the folder anew") from None
 
 
-_Config = TypeVar("_Config", EncoderConfig, PretrainedConfig, WhisperConfig)
+_Config = TypeVar("_Config", bound=EncoderConfig | PretrainedConfig | EncoderSizes)
 
 
 def _dataclass(kind: type[_Config], values: dict[str, Any], folder: Path) -> _Config:

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mole_asr.asr.checkpoint import save_model
+from mole_asr.asr.generations import temper
 from mole_asr.asr.task import MoleTask
 from mole_asr.audio.augment import AugmentConfig
 from mole_asr.corpus.data_module import SpeechDataModule
@@ -78,6 +79,8 @@ class ExportModel(Callback):
         if self.average is not None:
             # Once more: Lightning does not do it when a complete run is started again.
             self.average.on_train_end(trainer, pl_module)
+        if pl_module.freeze_old:
+            temper(pl_module.model, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             save_ngrams({**pl_module.old_ngrams, **_count_ngrams(trainer)}, self.folder / NGRAM_FILE)
             save_model(pl_module.model, pl_module.text_tokenizer, self.folder)

@@ -72,7 +72,7 @@ def _wider(model: Recogniser, config: MixtureConfig, languages: list[str], vocab
     """An untrained model of the same kind."""
     if isinstance(model, PretrainedModel):
         assert isinstance(config, PretrainedConfig)
-        return PretrainedModel(config, model.whisper, model.whisper_tokenizer, languages, vocab_size)
+        return PretrainedModel(config, model.sizes, model.whisper_tokenizer, languages, vocab_size)
     assert isinstance(config, EncoderConfig)
     return MoleModel(config, languages, vocab_size)
 

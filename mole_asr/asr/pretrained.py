@@ -1,30 +1,28 @@
-"""A recogniser that stands on a pretrained encoder: Whisper's blocks, the upper ones with language experts.
+"""A recogniser that stands on a pretrained encoder (Whisper, wav2vec 2.0, w2v-BERT 2.0): its upper blocks get experts.
 
 Every expert starts as a copy of the feed-forward part that it replaces, so that at first the model computes what the
-pretrained one computed. Two heads: a fresh CTC head, and Whisper's own text decoder.
+pretrained one computed. A fresh CTC head, and for Whisper its own text decoder as a second head.
 
 Letters: B batch, S samples, T frames, D model width, V vocabulary, N packed frames.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from mole_asr.asr.attention_head import AttentionHead
 from mole_asr.asr.mixture import ExpertMixture, MixtureConfig, MixtureFeedForward, refuse
 from mole_asr.asr.model import ModelOutput
-from mole_asr.asr.whisper import (
-    WhisperBlock,
-    WhisperConfig,
-    WhisperEncoder,
-    WhisperFeatures,
-    WhisperFeedForward,
-    whisper_frames,
-)
+from mole_asr.asr.model_files import CONFIG, find_model, read_json
+from mole_asr.asr.pretrained_encoders import TORCHAUDIO, feed_forward_weights, load_pretrained_encoder
+from mole_asr.asr.w2v_bert import W2vBertConfig, W2vBertEncoder
+from mole_asr.asr.wav2vec2 import Wav2Vec2Config, Wav2Vec2Encoder
+from mole_asr.asr.whisper import WhisperConfig, WhisperEncoder, WhisperFeatures
 from mole_asr.asr.whisper_checkpoint import load_whisper
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 from mole_asr.moe.convert import fill_experts
-from mole_asr.moe.experts import ExpertWeights
 from mole_asr.moe.parts import PartedLinear, log_softmax
 from mole_asr.moe.rows import PackedRows
 
@@ -34,10 +32,12 @@ class PretrainedConfig(MixtureConfig):
     """What is put on a pretrained encoder; see `MixtureConfig` for who chooses experts.
 
     Attributes:
-        checkpoint: Whisper to start from: a folder (Hugging Face, CTranslate2), an OpenAI `.pt`, or a hub id.
+        checkpoint: what to start from. Whisper: a folder (Hugging Face, CTranslate2), an OpenAI `.pt`, or a hub id;
+            wav2vec 2.0, XLS-R, MMS, HuBERT, w2v-BERT 2.0: a Hugging Face folder or hub id, or torchaudio:NAME of a
+            bundle.
         num_mole_blocks: how many encoder blocks, at the top, get experts; 0 leaves the encoder dense.
         language_tokenizer_block: blocks that the language tokenizer listens behind.
-        attention_head: whether Whisper's text decoder is kept, beside the CTC head.
+        attention_head: whether Whisper's text decoder is kept, beside the CTC head. Other encoders have none.
     """
 
     checkpoint: str = ""
@@ -64,13 +64,23 @@ class NormalizedCTCHead(nn.Module):
         return log_softmax(rows.unpack(self.linear(x_ND)).float(), self.linear.parts)
 
 
+EncoderSizes: TypeAlias = WhisperConfig | Wav2Vec2Config | W2vBertConfig
+PretrainedEncoder: TypeAlias = WhisperEncoder | Wav2Vec2Encoder | W2vBertEncoder
+ENCODERS: dict[str, tuple[type[EncoderSizes], type[Any]]] = {
+    "whisper": (WhisperConfig, WhisperEncoder),
+    "wav2vec2": (Wav2Vec2Config, Wav2Vec2Encoder),
+    "w2v_bert": (W2vBertConfig, W2vBertEncoder),
+}
+"""Name of each kind of encoder in config.json -> its sizes, its module."""
+
+
 class PretrainedModel(nn.Module):
     """Features, pretrained encoder with a mixture of experts in its upper blocks, CTC head, attention head.
 
     Args:
         config: switches.
-        whisper: sizes of the checkpoint.
-        tokenizer: Whisper's, for the attention head.
+        sizes: of the encoder; their type says which one.
+        tokenizer: Whisper's, for the attention head; None for encoders that have no decoder.
         languages: codes.
         vocab_size: V of the CTC head, blank included.
     """
@@ -80,17 +90,17 @@ class PretrainedModel(nn.Module):
     def __init__(
         self,
         config: PretrainedConfig,
-        whisper: WhisperConfig,
-        tokenizer: WhisperTokenizer,
+        sizes: EncoderSizes,
+        tokenizer: WhisperTokenizer | None,
         languages: list[str],
         vocab_size: int,
     ) -> None:
         super().__init__()
-        dense = whisper.encoder_layers - config.num_mole_blocks
+        dense = sizes.encoder_layers - config.num_mole_blocks
         listens = config.language_tokenizer_block
         refuse(
             [
-                (dense < 0, f"num_mole_blocks: {config.num_mole_blocks}, but the encoder has {whisper.encoder_layers}"),
+                (dense < 0, f"num_mole_blocks: {config.num_mole_blocks}, but the encoder has {sizes.encoder_layers}"),
                 (
                     not 0 <= listens <= dense,
                     f"language_tokenizer_block: {listens} must be 0..{dense}, before the experts",
@@ -98,17 +108,20 @@ class PretrainedModel(nn.Module):
             ]
         )
         self.config = config = config.spelled_out(languages)
-        self.whisper, self.whisper_tokenizer = whisper, tokenizer
+        self.sizes, self.whisper_tokenizer = sizes, tokenizer
         self.languages, self.vocab_size = list(languages), vocab_size
-        self.features = WhisperFeatures(whisper.num_mels)
+        self.kind, module = next((kind, module) for kind, (s, module) in ENCODERS.items() if isinstance(sizes, s))
+        # The other encoders take waveforms.
+        self.features = WhisperFeatures(sizes.num_mels) if isinstance(sizes, WhisperConfig) else None
         self.feature_augment: nn.Module | None = None
-        self.encoder = WhisperEncoder(whisper)
-        self.mixture = ExpertMixture(config, self.languages, whisper.d_model)
-        for block in self.encoder.blocks[dense:]:
-            assert isinstance(block, WhisperBlock)
-            block.feed_forward = self.mixture.make_layer(whisper.d_ff, "gelu")
-        self.ctc = NormalizedCTCHead(whisper.d_model, vocab_size)
-        self.attention_head = AttentionHead(whisper, tokenizer, self.languages) if config.attention_head else None
+        self.encoder: PretrainedEncoder = module(sizes)
+        self.mixture = ExpertMixture(config, self.languages, sizes.d_model)
+        for block in list(self.encoder.blocks)[dense:]:
+            block.feed_forward = self.mixture.make_layer(sizes.d_ff, self.encoder.activation)
+        self.ctc = NormalizedCTCHead(sizes.d_model, vocab_size)
+        self.attention_head: AttentionHead | None = None
+        if config.attention_head and tokenizer is not None and isinstance(sizes, WhisperConfig):
+            self.attention_head = AttentionHead(sizes, tokenizer, self.languages)
 
     def language_posterior(self, logits: Tensor) -> Tensor:
         """softmax(z / temperature) over the last dimension, as the router takes it; float32."""
@@ -126,11 +139,14 @@ class PretrainedModel(nn.Module):
         Raises:
             MoleError: an utterance is longer than 30 s.
         """
-        features_BTF, frames_B = self.features(audio_BS, audio_lengths_B)
-        if self.feature_augment is not None:
-            features_BTF = self.feature_augment(features_BTF, frames_B)
-        x_BTD, lengths_B = self.encoder.stem(features_BTF, frames_B)
-        frames = whisper_frames(lengths_B, x_BTD.shape[1], self.whisper.encoder_heads)
+        if self.features is None:
+            x_BTD, lengths_B = self.encoder.stem(audio_BS, audio_lengths_B)
+        else:
+            features_BTF, frames_B = self.features(audio_BS, audio_lengths_B)
+            if self.feature_augment is not None:
+                features_BTF = self.feature_augment(features_BTF, frames_B)
+            x_BTD, lengths_B = self.encoder.stem(features_BTF, frames_B)
+        frames = self.encoder.frames(lengths_B, x_BTD.shape[1])
         decision = None
         for index, block in enumerate(self.encoder.blocks):
             if index == self.config.language_tokenizer_block:
@@ -154,20 +170,32 @@ def from_checkpoint(config: PretrainedConfig, languages: list[str], vocab_size: 
     Raises:
         MoleError: the checkpoint cannot be read, or does not fit the config.
     """
-    checkpoint = load_whisper(config.checkpoint)
-    model = PretrainedModel(config, checkpoint.config, checkpoint.tokenizer, languages, vocab_size)
-    encoder = WhisperEncoder(checkpoint.config)
-    encoder.load_state_dict(checkpoint.encoder)
+    encoder: PretrainedEncoder
+    if not _is_whisper(config.checkpoint):
+        encoder = load_pretrained_encoder(config.checkpoint)
+        model = PretrainedModel(config, encoder.config, None, languages, vocab_size)
+    else:
+        checkpoint = load_whisper(config.checkpoint)
+        encoder = WhisperEncoder(checkpoint.config)
+        encoder.load_state_dict(checkpoint.encoder)
+        model = PretrainedModel(config, checkpoint.config, checkpoint.tokenizer, languages, vocab_size)
+        if model.attention_head is not None:
+            model.attention_head.decoder.load_state_dict(checkpoint.decoder)
     for block, old in zip(model.encoder.blocks, encoder.blocks, strict=True):
-        assert isinstance(block, WhisperBlock) and isinstance(old, WhisperBlock)
-        if isinstance(block.feed_forward, WhisperFeedForward):
-            continue
-        dense, layer = old.feed_forward, block.feed_forward
-        assert isinstance(dense, WhisperFeedForward) and isinstance(layer, MixtureFeedForward)
-        layer.norm.load_state_dict(dense.norm.state_dict())
-        fill_experts(layer.moe.experts, ExpertWeights(dense.w1.weight, dense.w1.bias, dense.w2.weight, dense.w2.bias))
-        old.feed_forward = layer
+        layer = block.feed_forward
+        if isinstance(layer, MixtureFeedForward):
+            norm, dense = feed_forward_weights(old)
+            layer.norm.load_state_dict(norm.state_dict())
+            fill_experts(layer.moe.experts, dense)
+            old.feed_forward = layer
     model.encoder = encoder
-    if model.attention_head is not None:
-        model.attention_head.decoder.load_state_dict(checkpoint.decoder)
     return model
+
+
+def _is_whisper(checkpoint: str) -> bool:
+    """Whether a checkpoint is a Whisper model, or else an encoder by itself."""
+    path = Path(checkpoint)
+    if checkpoint.startswith(TORCHAUDIO) or path.is_file() or (path / "model.bin").exists():
+        return not checkpoint.startswith(TORCHAUDIO)
+    folder = find_model(checkpoint, (CONFIG,), weights=(CONFIG,))
+    return read_json(folder / CONFIG).get("model_type") == "whisper"

@@ -84,7 +84,8 @@ class MoleTask(LightningModule):
         pretrained: what to put on a pretrained encoder, instead of an encoder of our own.
         fine_tuning: learning rates and stages of a pretrained model.
         init_from: folder of a trained model to start from; it grows to new pieces and languages.
-        freeze_old: with init_from: trains only what the last pieces and languages brought, and no old weight changes.
+        freeze_old: with init_from: trains only what the last pieces and languages brought, and no old weight changes;
+            at the end, a new language gets a threshold by the validation data (`generations.temper`).
         seed: of dropout, masks and schedules: step n draws the same numbers in every run, resumed or not.
     """
 
@@ -126,6 +127,7 @@ class MoleTask(LightningModule):
                 self.old_ngrams = load_ngrams(ngrams, old_tokenizer.vocab_size)
         if freeze_old and init_from is None:
             raise MoleError("model.freeze_old: there is nothing old; give model.init_from, or leave it out")
+        self.freeze_old = freeze_old
         self._trained = train_last_generation(self.model) if freeze_old else []
         self.model.feature_augment = SpecAugment() if spec_augment else None
         # Of each language: character errors, those of the CTC head alone, characters of the references; and its longest
@@ -155,7 +157,7 @@ class MoleTask(LightningModule):
         """Chooses the parts of a pretrained model that this step trains."""
         if isinstance(self.model, PretrainedModel) and not self._trained:
             steps = int(self.trainer.estimated_stepping_batches)
-            stage = self.model, self.model.whisper.encoder_layers, self.fine_tuning
+            stage = self.model, self.model.sizes.encoder_layers, self.fine_tuning
             self._new_parts_only = choose_trained(*stage, step=self.global_step, steps=steps)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -202,7 +204,7 @@ class MoleTask(LightningModule):
             raise MoleError("trainer.max_epochs: the learning rate needs to know the end; give a number of epochs")
         optimizer: torch.optim.Optimizer
         if isinstance(self.model, PretrainedModel):
-            blocks = self.model.whisper.encoder_layers
+            blocks = self.model.sizes.encoder_layers
             optimizer, schedule = fine_tuning_optimizer(self.model, blocks, self.fine_tuning, int(steps))
         else:
             optimizer = build_optimizer(self.model, config.lr, config.adamw_lr, config.weight_decay)
@@ -217,7 +219,7 @@ class MoleTask(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm. Lightning refuses to with a fused optimizer, for the sake of float16, which we scale not."""
+        """Clips by the norm; Lightning refuses to with a fused optimizer, as float16's gradients are scaled."""
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 

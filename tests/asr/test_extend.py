@@ -9,7 +9,7 @@ import torch
 
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.extend import extend
-from mole_asr.asr.generations import Generation, generations_of, guard, train_last_generation, wake
+from mole_asr.asr.generations import Generation, generations_of, guard, temper, train_last_generation, wake
 from mole_asr.asr.losses import losses
 from mole_asr.asr.model import MoleModel
 from mole_asr.asr.muon import build_optimizer
@@ -152,6 +152,26 @@ def test_training_the_new_touches_no_old_bit(
     if kind == "families":  # Czech has no relative among these, so it has an expert too
         new_rows |= {name for name in start if name.endswith(("w1_EFD", "b1_EF", "w2_EDF", "b2_ED"))}
     assert set(changed) == new_rows
+
+
+@pytest.mark.parametrize(("share", "heard"), [(0.5, 2), (1.0, 4)])
+def test_a_new_language_that_takes_all_is_tempered(
+    share: float, heard: int, save: Callable[..., Path], tmp_path: Path, batch: Batch
+) -> None:
+    extend(str(save()), str(tmp_path / "new"), languages=["cs", "nl"])
+    model, _ = load_model(tmp_path / "new")
+    wake(model)
+    layer = model.mixture.language_tokenizer.languages
+    with torch.no_grad():
+        layer.bias[3:] = torch.tensor([50.0, -50.0])
+    before = layer.bias.clone()
+    czech, old = (Batch(**{**vars(batch), "languages_B": torch.tensor(ids)}) for ids in ([3, 3, 3, 3], [0, 1, 2, 4]))
+    temper(model, [czech, old], share)
+    own_BN = model(batch.audio_BS, batch.audio_lengths_B).language_logits_BN
+    # The one that needs the whole threshold is even with an old language but for rounding.
+    lead_B = own_BN[:, 3] - own_BN[:, :3].max(1).values
+    assert int((lead_B > -1e-4).sum()) == heard and 20 < before[3] - layer.bias[3] < 80
+    assert torch.equal(layer.bias[[0, 1, 2, 4]], before[[0, 1, 2, 4]]), "nor is one raised that is never heard"
 
 
 def test_ngrams_go_along(save: Callable[..., Path], wider_folder: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_training_the_new_touches_no_old_bit(
     wake(new)
     trained = train_last_generation(new)
     tuning = FineTuning(lr=0.01, weight_decay=0.1, new_parts_share=0.0)
-    optimizer, _ = fine_tuning_optimizer(new, new.whisper.encoder_layers, tuning, steps=6)
+    optimizer, _ = fine_tuning_optimizer(new, new.sizes.encoder_layers, tuning, steps=6)
     guard(trained, optimizer)
     labels_BU = torch.randint(1, wider_folder[1], batch.labels_BU.shape)
     hawaiian = Batch(**{**vars(batch), "labels_BU": labels_BU, "languages_B": torch.full((4,), 3)})

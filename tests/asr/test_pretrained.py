@@ -12,7 +12,8 @@ from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.fine_tuning import FineTuning, choose_trained, fine_tuning_optimizer
 from mole_asr.asr.losses import losses
 from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel, from_checkpoint
-from mole_asr.asr.whisper import WhisperEncoder
+from mole_asr.asr.pretrained_encoders import load_pretrained_encoder
+from mole_asr.asr.whisper import WhisperEncoder, WhisperFeatures
 from mole_asr.asr.whisper_checkpoint import load_whisper
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer
@@ -58,9 +59,10 @@ def test_training_starts_from_whispers_own_function(
     checkpoint = load_whisper(whisper_folder)
     whisper = WhisperEncoder(checkpoint.config).eval()
     whisper.load_state_dict(checkpoint.encoder)
+    features = WhisperFeatures(checkpoint.config.num_mels)
     with torch.inference_mode():
         output = model(batch.audio_BS, batch.audio_lengths_B)
-        wanted_BTD, lengths_B = whisper(*model.features(batch.audio_BS, batch.audio_lengths_B))
+        wanted_BTD, lengths_B = whisper(*features(batch.audio_BS, batch.audio_lengths_B))
     assert torch.equal(output.lengths_B, lengths_B) and output.memory_BTD is not None
     for row, length in enumerate(lengths_B.tolist()):
         torch.testing.assert_close(output.memory_BTD[row, :length], wanted_BTD[row, :length], atol=2e-5, rtol=1e-4)
@@ -203,6 +205,43 @@ def test_without_an_attention_head(whisper_folder: Path, tokenizer: TextTokenize
     with pytest.raises(MoleError, match="has no attention head"):
         transcriber.choose_head("attention")
     list(transcriber.transcribe(batch.audio_BS[0].numpy()))
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "w2v_bert"])
+def test_on_other_encoders(name: str, tokenizer: TextTokenizer, batch: Batch, tmp_path: Path) -> None:
+    source = _other_encoder(name, tmp_path / "source")
+    model = build(source, tokenizer).eval()
+    plain = load_pretrained_encoder(source)
+    with torch.inference_mode():
+        output = model(batch.audio_BS, batch.audio_lengths_B)
+        wanted_BTD, lengths_B = plain(batch.audio_BS, batch.audio_lengths_B)
+    assert torch.equal(output.lengths_B, lengths_B) and output.memory_BTD is not None
+    for row, length in enumerate(lengths_B.tolist()):
+        torch.testing.assert_close(output.memory_BTD[row, :length], wanted_BTD[row, :length], atol=2e-4, rtol=1e-3)
+    assert model.attention_head is None
+    named = losses(model.train()(batch.audio_BS, batch.audio_lengths_B, batch.languages_B), batch)
+    sum(named.values(), torch.zeros(())).backward()
+    save_model(model, tokenizer, tmp_path / "model")
+    again, _ = load_model(tmp_path / "model")
+    with torch.inference_mode():
+        first, second = (m.eval()(batch.audio_BS, batch.audio_lengths_B) for m in (model, again))
+    assert torch.equal(first.log_probs_BTV, second.log_probs_BTV)
+
+
+def _other_encoder(name: str, folder: Path) -> Path:
+    """A tiny model with random weights in Hugging Face's format."""
+    from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel, Wav2Vec2Config, Wav2Vec2Model
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    torch.manual_seed(0)
+    if name == "w2v_bert":
+        bert = Wav2Vec2BertConfig(**sizes, feature_projection_input_dim=160, position_embeddings_type="relative_key")
+        Wav2Vec2BertModel(bert).save_pretrained(folder)
+        return folder
+    convolutions = {"conv_dim": (8, 8, 8), "conv_kernel": (10, 8, 4), "conv_stride": (5, 8, 8)}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    Wav2Vec2Model(Wav2Vec2Config(**sizes, **convolutions, **positions)).save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
