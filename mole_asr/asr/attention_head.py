@@ -70,7 +70,7 @@ class AttentionHead(nn.Module):
         logits_NV = self.decoder.logits(states_BUD[wanted_BU])
         return functional.cross_entropy(logits_NV, targets_BU.to(device)[wanted_BU], label_smoothing=smoothing)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def greedy(self, memory_BTD: Tensor, lengths_B: Tensor, languages_B: Tensor) -> list[str]:
         """The text of each utterance: the likeliest token again and again, all utterances at once.
 

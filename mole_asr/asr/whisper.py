@@ -273,13 +273,3 @@ class WhisperEncoder(nn.Module):
         for block in self.blocks:
             x_BTD = block(x_BTD, frames)
         return self.norm(x_BTD), lengths_B
-
-
-def bfloat16_weights(module: nn.Module) -> None:
-    """Casts the weights of linear layers and embeddings to bfloat16, in place: for inference under its autocast.
-
-    In inference mode autocast casts weights anew in every call, which is half the time of a decoder's step.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            part.to(torch.bfloat16)

@@ -56,6 +56,7 @@ def transcribe(
     batch_seconds: float = 240.0,
     beam: int | None = None,
     head: Literal["attention", "ctc"] | None = None,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
 ) -> TranscribeResult:
     """Transcribes audio files, folders of them, and manifests.
 
@@ -76,6 +77,7 @@ def transcribe(
         beam: prefixes that the search with the n-grams of the training texts keeps (default: `decode.beam.BEAM`); 0
             decodes greedily, faster and by the sound alone. For the CTC head.
         head: which head of the model writes, where it has two: attention (the default) or ctc, which is faster.
+        precision: 32-true, or bf16-mixed, which is faster where the processor has bfloat16 products.
 
     Returns:
         Counts and failures.
@@ -96,6 +98,7 @@ def transcribe(
     transcriber = load(model)
     if beam is not None:
         transcriber.beam = beam
+    transcriber.precision = precision
     if head is not None:
         transcriber.choose_head(head)
     total = TranscribeResult(failures=failures)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Input: TypeAlias = Union[str, Path, np.ndarray, "Utterance"]
 Head = Literal["attention", "ctc"]
+Precision = Literal["32-true", "bf16-mixed"]
 
 # Sorting needs a choice of segments; more of them would only delay the first text and take more memory.
 _WINDOW_BATCHES = 4
@@ -88,6 +89,7 @@ class Transcriber:
         ngrams: language -> n-grams of its training texts; a language without any is decoded greedily.
         beam: prefixes that the search with n-grams keeps; 0 decodes greedily.
         head: "attention" writes with the text decoder of a model that has one, "ctc" with the CTC head alone.
+        precision: "32-true", or "bf16-mixed": faster where the processor has bfloat16 products.
         failures: (id, reason) of each input of the last call that could not be read and was skipped.
     """
 
@@ -106,6 +108,7 @@ class Transcriber:
         self.ngrams = ngrams or {}
         self.beam = BEAM
         self.head: Head = "ctc" if model.attention_head is None else "attention"
+        self.precision: Precision = "32-true"
         self.failures: list[tuple[str, str]] = []
 
     def transcribe(
@@ -177,16 +180,18 @@ class Transcriber:
                 window, seconds, wanted_s = [], 0.0, min(2 * wanted_s, window_s)
         yield window
 
-    @torch.inference_mode()
+    # Not inference_mode: under autocast it casts every weight anew in each step of the text decoder.
+    @torch.no_grad()
     def _recognise(self, batch: list[_Piece], language_id: int | None) -> None:
         """Runs the model on a batch and writes words, language and reliability into its pieces."""
         audio_BS, lengths_B = _pad([piece.audio_S for piece in batch])
         languages_B = None if language_id is None else torch.full_like(lengths_B, language_id).to(self.device)
-        output = self.model(audio_BS.to(self.device), lengths_B.to(self.device), languages_B)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            output = self.model(audio_BS.to(self.device), lengths_B.to(self.device), languages_B)
+            probabilities_BN = self.model.language_posterior(output.language_logits_BN).cpu()
+            heard_B = probabilities_BN.argmax(1) if languages_B is None else languages_B.cpu()
+            written = self._write(output, heard_B)
         log_probs_BTV, frames = output.log_probs_BTV.float().cpu(), output.lengths_B.tolist()
-        probabilities_BN = self.model.language_posterior(output.language_logits_BN).cpu()
-        heard_B = probabilities_BN.argmax(1) if languages_B is None else languages_B.cpu()
-        written = self._write(output, heard_B)
         for row, (piece, reliability) in enumerate(zip(batch, output.reliability_B.tolist(), strict=True)):
             log_probs_TV = log_probs_BTV[row, : frames[row]]
             language = self.model.languages[int(heard_B[row])]

@@ -187,15 +187,20 @@ def test_it_learns_a_few_utterances_by_heart(model: PretrainedModel, tokenizer: 
     transcriber = Transcriber(model.eval(), tokenizer)
     waves = [audio_S[:n].numpy() for audio_S, n in zip(batch.audio_BS, batch.audio_lengths_B.tolist(), strict=True)]
     by_head = {}
-    for head in ("attention", "ctc"):
+    for head, precision in (
+        ("attention", "bf16-mixed"),
+        ("ctc", "bf16-mixed"),
+        ("attention", "32-true"),
+        ("ctc", "32-true"),
+    ):
         transcriber.choose_head(head)  # type: ignore[arg-type]
+        transcriber.precision = precision  # type: ignore[assignment]
         transcripts = list(transcriber.transcribe(waves))
-        by_head[head] = [t.text for t in transcripts]
+        by_head[head, precision] = [t.text for t in transcripts]
         assert [t.language for t in transcripts] == [LANGUAGES[n] for n in batch.languages_B.tolist()]
         words = [word for t in transcripts for segment in t.segments for word in segment.words]
         assert all(0 <= word.start_s <= word.end_s and 0 < word.confidence <= 1 for word in words)
-    assert by_head["attention"] == batch.texts
-    assert by_head["ctc"] == batch.texts
+    assert all(texts == batch.texts for texts in by_head.values()), by_head
 
 
 def test_without_an_attention_head(whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch) -> None:

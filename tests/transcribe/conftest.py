@@ -40,7 +40,7 @@ class LoudnessModel(torch.nn.Module):
     def forward(
         self, audio_BS: torch.Tensor, audio_lengths_B: torch.Tensor, languages_B: torch.Tensor | None = None
     ) -> SimpleNamespace:
-        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
         assert (audio_lengths_B > 0).all()
         self.batches.append(tuple(audio_BS.shape))
         self.languages_given.append(None if languages_B is None else languages_B.tolist())
