@@ -143,7 +143,8 @@ def hear(system: str, test: Path, output: Path, places: Places) -> TranscribeRes
         return whisper(str(test), str(output), model=places.whisper, compute_type=kind, language=told)
     name, _, head = system.partition("-")
     chosen: Any = head
-    return transcribe([str(test)], model=str(places.runs / name / "model"), output=str(output), beam=0, head=chosen)
+    model = str(places.runs / name / "model")
+    return transcribe([str(test)], model=model, output=str(output), beam=0, head=chosen, precision="bf16-mixed")
 
 
 def measure(system: str, test_set: str, places: Places, results: Results) -> None:
