@@ -140,15 +140,17 @@ def test_another_configuration_or_corpus_is_refused(
 ) -> None:
     words = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--systems", "dense"]
     assert recipe["run"].main(words) == 0
+    assert recipe["run"].main([*words, "--epochs", "3"]) == 1
+    assert "come from 1 epochs, not 3" in capsys.readouterr().err
     (recipe["plan"].HERE / "results.json").unlink()
     (recipe["plan"].HERE / "details.json").unlink()
     assert recipe["run"].main([*words, "--epochs", "3"]) == 1
     assert "another configuration" in capsys.readouterr().err
     results = recipe["results"].Results(tmp_path)
     row = {"system": "dense", "condition": "c", "seed": 0, "test_set": "test"}
-    results.add([row], "s", {"words": [1, 2]}, {})
+    results.add_run([row], "s", {"words": [1, 2]}, {})
     with pytest.raises(Exception, match="not what earlier runs were tested on"):
-        results.add([row | {"seed": 1}], "s", {"words": [1, 3]}, {})
+        results.add_run([row | {"seed": 1}], "s", {"words": [1, 3]}, {})
 
 
 def test_differences_are_of_macro_rates_of_common_seeds(recipe: dict[str, ModuleType], tmp_path: Path) -> None:
@@ -159,9 +161,9 @@ def test_differences_are_of_macro_rates_of_common_seeds(recipe: dict[str, Module
         for seed in (0, 1):
             row = {"system": system, "condition": "prompts5-full", "seed": seed, "test_set": "test", "language": "all"}
             found = {"word_errors": errors, "character_errors": errors}
-            results.add([row], "prompts5-test", utterances, found)
+            results.add_run([row], "prompts5-test", utterances, found)
     extra = {"system": "mole", "condition": "prompts5-full", "seed": 2, "test_set": "test", "language": "all"}
-    results.add([extra], "prompts5-test", utterances, {"word_errors": [10, 10, 10], "character_errors": [9, 9, 9]})
+    results.add_run([extra], "prompts5-test", utterances, {"word_errors": [10, 10, 10], "character_errors": [9, 9, 9]})
     difference = recipe["tables"].compare(results, "prompts5-full", "mole", "dense")
     assert difference.value == pytest.approx(-(10 + 20) / 2)
     assert difference.interval[1] < 0

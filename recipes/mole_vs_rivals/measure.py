@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from plan import TestSet
-from results import Row
 
 from mole_asr.asr.model import ModelOutput
 from mole_asr.asr.parameters import Parameters, count_parameters
@@ -25,6 +24,7 @@ from mole_asr.files import atomic_path
 from mole_asr.moe.losses import expert_counts
 from mole_asr.score.figures import language_rows
 from mole_asr.score.language_id import split_reliability
+from mole_asr.score.results import Row
 from mole_asr.score.score import score
 from mole_asr.transcribe.transcriber import Transcriber, load
 

@@ -3,18 +3,17 @@
 Only the command writes them: after each run it reads them anew, adds what is new, and replaces them at once.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
+from mole_asr.score.results import ResultFile, Row, json_line, read_json
 
-Row = dict[str, Any]
 KEY = ("system", "condition", "seed", "test_set")
 
 
-class Results:
+class Results(ResultFile):
     """The two files in a folder.
 
     Attributes:
@@ -25,21 +24,17 @@ class Results:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.read()
+        self.details_path = folder / "details.json"
+        super().__init__(folder / "results.json", KEY)
 
     def read(self) -> None:
         """Reads what is there now."""
-        self.rows: list[Row] = _read(self.folder / "results.json", [])
-        details = _read(self.folder / "details.json", {"test_sets": {}, "runs": {}})
+        super().read()
+        details = read_json(self.details_path, {"test_sets": {}, "runs": {}})
         self.test_sets: dict[str, Any] = details["test_sets"]
         self.details: dict[str, Any] = details["runs"]
 
-    def has(self, system: str, condition: str, seed: int, test_set: str) -> bool:
-        """Whether a test set was measured."""
-        return detail_key(system, condition, seed, test_set) in self.details
-
-    def add(self, rows: list[Row], test_set: str, utterances: dict[str, Any], details: dict[str, Any]) -> None:
+    def add_run(self, rows: list[Row], test_set: str, utterances: dict[str, Any], details: dict[str, Any]) -> None:
         """Adds the rows of one test set of one run.
 
         Args:
@@ -54,37 +49,18 @@ class Results:
         self.read()
         if self.test_sets.setdefault(test_set, utterances) != utterances:
             raise MoleError(
-                f"{self.folder / 'details.json'}: {test_set} is not what earlier runs were tested on: "
+                f"{self.details_path}: {test_set} is not what earlier runs were tested on: "
                 "prepare the same corpus, or remove results.json and details.json to measure all anew"
             )
-        key = detail_key(*(rows[0][name] for name in KEY))
-        self.details[key] = details
-        self.rows = [row for row in self.rows if detail_key(*(row[name] for name in KEY)) != key] + rows
-        lines = ",\n".join(f"  {json.dumps(name)}: {_line(value)}" for name, value in sorted(self.details.items()))
-        sets = ",\n".join(f"  {json.dumps(name)}: {_line(value)}" for name, value in sorted(self.test_sets.items()))
-        text = f'{{\n"test_sets": {{\n{sets}\n}},\n"runs": {{\n{lines}\n}}\n}}\n'
-        write_text(self.folder / "results.json", "[\n" + ",\n".join(map(_line, self.rows)) + "\n]\n")
-        # Last: a run counts as done when it stands here.
-        write_text(self.folder / "details.json", text)
-
-    def select(self, **wanted: Any) -> list[Row]:
-        """Rows that have these values."""
-        return [row for row in self.rows if all(row[key] == value for key, value in wanted.items())]
+        self.details[detail_key(*(rows[0][name] for name in KEY))] = details
+        parts = [
+            ",\n".join(f'  "{name}": {json_line(value)}' for name, value in sorted(entries.items()))
+            for entries in (self.test_sets, self.details)
+        ]
+        write_text(self.details_path, f'{{\n"test_sets": {{\n{parts[0]}\n}},\n"runs": {{\n{parts[1]}\n}}\n}}\n')
+        self.add(rows)  # last: a run counts as done when it stands there
 
 
 def detail_key(system: str, condition: str, seed: int, test_set: str) -> str:
     """Name of one test set of one run."""
     return f"{condition}/{system}/{seed}/{test_set}"
-
-
-def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _read(path: Path, nothing: Any) -> Any:
-    if not path.exists():
-        return nothing
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MoleError(f"{path}: not JSON ({error}); restore the file") from None

@@ -15,13 +15,14 @@ from typing import Any
 import yaml
 from measure import Heard, figures, gather, transcribe
 from plan import BASE, CONDITIONS, HERE, SYSTEMS, Condition, System
-from results import Results, Row
+from results import Results
 from training import train
 
 from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.subset import thin
 from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.errors import MoleError
+from mole_asr.score.results import Row
 
 ROOT = HERE.parents[1]
 DEGRADED = {"noisy": "noise", "telephone": "telephone"}  # copies of the test set
@@ -128,7 +129,9 @@ def hours_of(manifest: Manifest) -> dict[str, float]:
 def run(setting: Setting, results: Results, source: str | None) -> None:
     """Measures what results.json lacks of one setting; trains for it if the model is not there."""
     system, condition = setting.system, setting.condition
-    lacking = [t for t in condition.tests if not results.has(system.name, condition.name, setting.seed, t.name)]
+    _check_epochs(setting, results)
+    key = {"system": system.name, "condition": condition.name, "seed": setting.seed}
+    lacking = [test for test in condition.tests if not results.select(**key, test_set=test.name)]
     if not lacking:
         return
     prepare(setting, source)
@@ -151,9 +154,19 @@ def run(setting: Setting, results: Results, source: str | None) -> None:
             del details["serves"]
         facts = _facts(setting, test.name, heard, seconds, len(parts))
         rows = [facts | row | {"train_hours": round(hours.get(row["language"], 0.0), 4)} for row in rows]
-        results.add(rows, f"{condition.corpus}-{test.name}", utterances, details)
+        results.add_run(rows, f"{condition.corpus}-{test.name}", utterances, details)
         total = rows[-1]
         print(f"{test.name}: WER {total['wer']:.1f} %, CER {total['cer']:.1f} %", flush=True)
+
+
+def _check_epochs(setting: Setting, results: Results) -> None:
+    """Refuses to mix trainings of different lengths: what stands in one table made the same number of steps."""
+    epochs, rows = setting.configured_epochs(), results.select(condition=setting.condition.name)
+    if others := sorted({row["epochs"] for row in rows} - {epochs}):
+        raise MoleError(
+            f"{results.path}: its rows of {setting.condition.name} come from {others[0]} epochs, not {epochs}: "
+            f"give --epochs {others[0]}, or another --results and --runs"
+        )
 
 
 def _facts(setting: Setting, test_set: str, heard: Heard, train_seconds: float, models: int) -> Row:

@@ -3,17 +3,18 @@
 Letters: N utterances, C columns of counts (errors and lengths of two systems).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 from plan import CONDITIONS, SYSTEMS, Condition
-from results import Results, Row, detail_key
+from results import Results, detail_key
 
 from mole_asr.score.bootstrap import Difference
 from mole_asr.score.groups import Group, Macro, differences
 from mole_asr.score.markdown import markdown_table, write_between_marks
+from mole_asr.score.results import Row, macro
 
 RIVALS = {"dense": "dense", "lr-moe": "LR-MoE"}
 _ABSENT = "–"
@@ -49,13 +50,6 @@ def runs_of(results: Results, system: str, condition: str, test_set: str) -> dic
     for row in results.select(system=system, condition=condition, test_set=test_set):
         found.setdefault(row["seed"], {})[row["language"]] = row
     return dict(sorted(found.items()))
-
-
-def macro(rows: dict[str, Row], key: str, languages: Iterable[str] | None = None) -> float | None:
-    """Mean over languages of a figure, those that have none left out."""
-    values = [rows[code][key] for code in (languages or rows) if code != "all" and code in rows]
-    known = [value for value in values if value is not None]
-    return mean(known) if known else None
 
 
 def _spread(values: Sequence[float | None], digits: int = 1) -> str:
