@@ -1,0 +1,169 @@
+"""Which layers have experts, how many, and who chooses them: the published systems as values of one config.
+
+| system | config |
+|---|---|
+| dense | the default |
+| Switch, top-1 | policy "top_k", top_k 1 |
+| top-2 | policy "top_k", top_k 2 |
+| adaptive gating (Li et al., arXiv 2310.07188) | policy "adaptive", threshold 0.1 |
+| Post-MoE (Zheng et al., arXiv 2410.10626) | policy "forced", layers "last 2", expert_of "language" |
+| language-family experts (the same) | policy "forced", layers "last 2", expert_of "family" |
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from mole_asr.corpus.families import family_of
+from mole_asr.errors import MoleError
+from mole_asr.moe.experts import Activation
+from mole_asr.moe.layer import MoELayer
+from mole_asr.moe.losses import load_balance_loss, router_z_loss
+from mole_asr.moe.plan import RoutingPlan
+from mole_asr.moe.routers import AdaptiveRouter, ForcedLabelRouter, Router, TopKRouter
+
+Policy = Literal["dense", "top_k", "adaptive", "forced"]
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """What stands in the place of the dense feed-forward parts.
+
+    Attributes:
+        policy: who chooses. "dense": nobody. "top_k": the best scores. "adaptive": the best one where it leads by more
+            than `threshold`, else two. "forced": the best scores, in training with the expert of the text's language
+            among them; at inference no language is looked at.
+        layers: those that have experts: "all", "last 2" (any number), or their places, from 0.
+        num_experts: of a layer; with "forced" it follows from `expert_of`.
+        top_k: experts a token, for "top_k" and "forced".
+        threshold: T of "adaptive".
+        renormalize: whether the weights of a token's experts sum to one; null: as the policy is published, except that
+            "forced" sums to one, so that a dense model turned into experts starts as itself.
+        expert_d_ff: width of each expert; null: that of the dense part.
+        expert_of: with "forced": "language", "family" (`corpus/families.py`), or a name for each language: those of one
+            name share an expert.
+    """
+
+    policy: Policy = "dense"
+    layers: list[int] | str = "all"
+    num_experts: int = 8
+    top_k: int = 2
+    threshold: float = 0.1
+    renormalize: bool | None = None
+    expert_d_ff: int | None = None
+    expert_of: dict[str, str] | str = "language"
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            MoleError: one is wrong; the message names it.
+        """
+        problems = {
+            f"policy: {self.policy!r} is unknown; give one of {', '.join(get_args(Policy))}": (
+                self.policy not in get_args(Policy)
+            ),
+            f"layers: {self.layers!r} is neither all, nor last N, nor a list of places": (
+                isinstance(self.layers, str) and not re.fullmatch(r"all|last [1-9]\d*", self.layers)
+            ),
+            f"num_experts: {self.num_experts} must be positive": self.num_experts < 1,
+            f"top_k: {self.top_k} must be 1..{self.num_experts}, the num_experts": (
+                self.policy == "top_k" and not 1 <= self.top_k <= self.num_experts
+            ),
+            f"threshold: {self.threshold:g} must be 0..1": not 0 <= self.threshold <= 1,
+            f"expert_d_ff: {self.expert_d_ff} must be positive": self.expert_d_ff is not None and self.expert_d_ff < 1,
+            f"expert_of: {self.expert_of!r} is neither language, nor family, nor a name for each language": (
+                isinstance(self.expert_of, str) and self.expert_of not in ("language", "family")
+            ),
+        }
+        for message, is_wrong in problems.items():
+            if is_wrong:
+                raise MoleError(f"model.experts.{message}")
+
+    def places(self, num_layers: int) -> list[int]:
+        """The layers that have experts, ascending.
+
+        Raises:
+            MoleError: there is no such layer.
+        """
+        if self.policy == "dense":
+            return []
+        if self.layers == "all":
+            return list(range(num_layers))
+        if isinstance(self.layers, str):
+            last = int(self.layers.removeprefix("last "))
+            found = list(range(num_layers - last, num_layers))
+        else:
+            found = sorted(set(self.layers))
+        if not found or found[0] < 0 or found[-1] >= num_layers:
+            raise MoleError(f"model.experts.layers: {self.layers} do not exist; the model has {num_layers} layers")
+        return found
+
+    def spelled_out(self, languages: list[str]) -> Self:
+        """The same config with the expert of each language named, so that it does not depend on our table."""
+        if self.policy != "forced":
+            return self
+        return replace(self, expert_of=dict(zip(languages, self._names(languages), strict=True)))
+
+    def _names(self, languages: list[str]) -> list[str]:
+        if self.expert_of == "family":
+            return [family_of(code) for code in languages]
+        names = self.expert_of if isinstance(self.expert_of, dict) else {}
+        return [names.get(code, code) for code in languages]
+
+    def experts_of(self, languages: list[str]) -> list[int]:
+        """With "forced", the number of each language's expert: in the order of their first languages."""
+        names = self._names(languages)
+        order = list(dict.fromkeys(names))
+        return [order.index(name) for name in names]
+
+
+def make_layer(
+    config: ExpertsConfig, d_model: int, d_ff: int, activation: Activation, languages: list[str]
+) -> MoELayer:
+    """One layer of experts with its router; the policy must not be "dense".
+
+    Args:
+        config: the policy.
+        d_model: D.
+        d_ff: width of the dense part, and of each expert where the config does not say.
+        activation: of the experts.
+        languages: codes, as labels index them.
+
+    Raises:
+        MoleError: too few experts for the policy.
+    """
+    num_experts = config.num_experts
+    router: Router
+    if config.policy == "forced":
+        experts = config.experts_of(languages)
+        num_experts = max(experts) + 1
+        if not 2 <= config.top_k <= num_experts:
+            raise MoleError(
+                f"model.experts.top_k: {config.top_k} must be 2..{num_experts}, the experts of these languages"
+            )
+        router = ForcedLabelRouter(d_model, num_experts, config.top_k, config.renormalize is not False, experts)
+    elif config.policy == "adaptive":
+        router = AdaptiveRouter(d_model, num_experts, config.threshold, bool(config.renormalize))
+    else:
+        # Raw weights with k = 1: the only way in which the loss of the text reaches the router.
+        sums_to_one = config.top_k > 1 if config.renormalize is None else config.renormalize
+        router = TopKRouter(d_model, num_experts, config.top_k, sums_to_one)
+    return MoELayer(d_model, config.expert_d_ff or d_ff, num_experts, router, activation, bias=False)
+
+
+def routing_losses(policy: Policy, plans: list[RoutingPlan]) -> dict[str, Tensor]:
+    """Losses of the routers by name, summed over layers: balance and router_z; none where the text alone trains them.
+
+    "adaptive" counts tokens of one expert only; "forced" has no loss but that of the text. Both as published.
+    """
+    if policy not in ("top_k", "adaptive"):
+        return {}
+    balance = [load_balance_loss(plan, one_expert_only=policy == "adaptive") for plan in plans]
+    return {
+        "balance": torch.stack(balance).sum(),
+        "router_z": torch.stack([router_z_loss(plan) for plan in plans]).sum(),
+    }
