@@ -1,7 +1,7 @@
 """Tables in Markdown, and a README that a command writes them into."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mole_asr.files import write_text
@@ -13,6 +13,11 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     """A table; all columns but the first are aligned to the right."""
     rule = ["---", *["--:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+
+
+def markdown_pictures(folder: Path, titles: Mapping[str, str]) -> str:
+    """The pictures (file name -> title) that lie in a folder, each on a line of its own."""
+    return "\n\n".join(f"![{title}]({name})" for name, title in titles.items() if (folder / name).exists())
 
 
 def write_between_marks(readme: Path, text: str) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from results import Results
 
 from mole_asr.asr.fit import fit
 from mole_asr.bench.whisper import whisper
@@ -23,6 +22,7 @@ from mole_asr.data_prep import voices13
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 from mole_asr.score.figures import language_rows
+from mole_asr.score.results import ResultFile
 from mole_asr.score.score import score
 from mole_asr.transcribe.command import TranscribeResult, transcribe
 
@@ -31,6 +31,7 @@ ROOT = HERE.parents[1]
 CONFIG = ROOT / "conf/asr/whisper_mole.yaml"
 HEADS = ("attention", "ctc")
 PEERS = tuple(f"whisper-{kind}-{told}" for kind in ("int8", "float32") for told in ("given", "detected"))
+IDENTIFICATION = ("language_id_accuracy", "ece", "reliability_right", "reliability_wrong")
 FOLD_ACCENTS = ("es",)  # the Spanish prompts are written without them
 
 
@@ -40,7 +41,7 @@ class Training:
 
     Attributes:
         prefixes: sources (starts of utterance ids) of voices13 that it is trained on; none: all.
-        epochs: so many that each model makes about as many steps.
+        epochs: of the training.
     """
 
     prefixes: tuple[str, ...]
@@ -147,7 +148,7 @@ def hear(system: str, test: Path, output: Path, places: Places) -> TranscribeRes
     return transcribe([str(test)], model=model, output=str(output), beam=0, head=chosen, precision="bf16-mixed")
 
 
-def measure(system: str, test_set: str, places: Places, results: Results) -> None:
+def measure(system: str, test_set: str, places: Places, results: ResultFile) -> None:
     """Transcribes and scores what results.json lacks."""
     test, output = places.test(test_set), places.runs / "heard" / system
     heard = next(name for name, part in HEARD.items() if part.split == TESTS[test_set].split)
@@ -163,7 +164,10 @@ def measure(system: str, test_set: str, places: Places, results: Results) -> Non
     report = score(test, hypothesis, fold_accents=FOLD_ACCENTS)
     facts = {"system": system, "test_set": test_set, "date": date.today().isoformat()}
     hours = {} if system in PEERS else hours_of(places.runs / system.partition("-")[0] / "train.jsonl")
-    results.add([facts | row | {"train_hours": hours.get(row["language"])} for row in language_rows(report)])
+    # Who was told the language has identified none.
+    untold: dict[str, Any] = dict.fromkeys(IDENTIFICATION) if system.endswith("-given") else {}
+    rows = [facts | row | untold | {"train_hours": hours.get(row["language"])} for row in language_rows(report)]
+    results.add(rows)
     print(f"{system} on {test_set}: macro WER {report.macro.wer:.1f} %", flush=True)
 
 
@@ -174,7 +178,7 @@ def hours_of(manifest: Path) -> dict[str, float]:
     return {code: round(float(seconds) / 3600, 3) for code, seconds in zip(table.languages, seconds_N, strict=True)}
 
 
-def measure_speed(places: Places, results: Results, repeat: int = 3) -> None:
+def measure_speed(places: Places, results: ResultFile, repeat: int = 3) -> None:
     """Times all systems on the same utterances, in turns, so that each meets the same machine; the medians count."""
     test = select(places.data / "cuts_test.jsonl", places.test("speed"), Part("test", every=12))
     systems = [f"{name}-{head}" for name in TRAININGS for head in HEADS if (places.runs / name / "model").exists()]
@@ -208,7 +212,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="only write the tables into README.md, and the pictures")
     options, fit_words = parser.parse_known_args(words)
     try:
-        results = Results(options.results)
+        results = ResultFile(options.results / "results.json", ("system", "test_set"))
         if not options.table:
             if options.whisper is None:
                 raise MoleError("--whisper: name the folder of a multilingual Whisper in CTranslate2's format")
@@ -221,7 +225,7 @@ def main(words: list[str] | None = None) -> int:
                 train(name, places, fit_words)
             for system in [] if options.speed else systems:
                 for test_set in TESTS:
-                    if not results.has(system, test_set):
+                    if not results.select(system=system, test_set=test_set):
                         measure(system, test_set, places, results)
         from tables import write_all
 

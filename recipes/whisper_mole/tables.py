@@ -1,12 +1,10 @@
 """The tables of README.md and the picture, from results.json alone."""
 
 from pathlib import Path
-from statistics import mean
-
-from results import Results, Row
 
 from mole_asr.files import atomic_path
-from mole_asr.score.markdown import markdown_table, write_between_marks
+from mole_asr.score.markdown import markdown_pictures, markdown_table, write_between_marks
+from mole_asr.score.results import ResultFile, Row, macro
 
 REFERENCE = "whisper-int8-given"
 TITLES = {
@@ -21,40 +19,40 @@ TITLES = {
 }
 
 
-def write_all(results: Results, folder: Path) -> str:
-    """Writes the tables between the marks of README.md, and the picture; returns the tables."""
-    text = "\n\n".join([main_table(results), language_table(results)])
-    write_between_marks(folder / "README.md", text)
-    if results.has("voices13-attention", "voices13") and results.has(REFERENCE, "voices13"):
+def write_all(results: ResultFile, folder: Path) -> str:
+    """Writes the tables and the picture between the marks of README.md; returns them."""
+    if rows_of(results, "voices13-attention", "voices13") and rows_of(results, REFERENCE, "voices13"):
         draw(results, folder / "languages.svg")
+    picture = markdown_pictures(folder, {"languages.svg": "word error rate a language over hours of training"})
+    text = "\n\n".join(part for part in (main_table(results), language_table(results), picture) if part)
+    write_between_marks(folder / "README.md", text)
     return text
 
 
-def macro(rows: dict[str, Row], key: str) -> float | None:
-    """Mean over languages of a figure; None where there is none."""
-    values = [row[key] for code, row in rows.items() if code != "all" and row[key] is not None]
-    return mean(values) if values else None
+def rows_of(results: ResultFile, system: str, test_set: str) -> dict[str, Row]:
+    """Language -> row of a system on a test set."""
+    return {row["language"]: row for row in results.rows if (row["system"], row["test_set"]) == (system, test_set)}
 
 
 def _number(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def main_table(results: Results) -> str:
+def main_table(results: ResultFile) -> str:
     """A row a system: macro error rates a test set, and how many times less than Whisper that is told the language."""
     sets = list(dict.fromkeys(row["test_set"] for row in results.rows if row["test_set"] != "speed"))
     header = ["system", *(f"{name}: WER / CER % (ratio), language ID %" for name in sets), "RTF", "speed-up"]
     lines = []
-    peer_speed = results.of("whisper-int8-detected", "speed").get("all")
+    peer_speed = rows_of(results, "whisper-int8-detected", "speed").get("all")
     for system, title in TITLES.items():
         cells = [title]
         for name in sets:
-            rows, reference = results.of(system, name), macro(results.of(REFERENCE, name), "wer")
+            rows, reference = rows_of(results, system, name), macro(rows_of(results, REFERENCE, name), "wer")
             wer = macro(rows, "wer")
             ratio = f" ({wer / reference:.2f})" if wer is not None and reference else ""
             right = _number(macro(rows, "language_id_accuracy"))
             cells.append(f"{_number(wer)} / {_number(macro(rows, 'cer'))}{ratio}, {right}" if rows else "–")
-        speed = results.of(system, "speed").get("all")
+        speed = rows_of(results, system, "speed").get("all")
         cells.append(_number(speed and speed["real_time_factor"], 4))
         faster = speed and peer_speed and peer_speed["real_time_factor"] / speed["real_time_factor"]
         cells.append(f"{faster:.1f} x" if faster else "–")
@@ -63,18 +61,18 @@ def main_table(results: Results) -> str:
     return markdown_table(header, lines)
 
 
-def language_table(results: Results) -> str:
+def language_table(results: ResultFile) -> str:
     """WER a language on the test split of voices13."""
     codes = sorted({row["language"] for row in results.rows if row["test_set"] == "voices13"} - {"all"})
     lines = [
         [title, *(_number(rows[code]["wer"]) for code in codes)]
         for system, title in TITLES.items()
-        if (rows := results.of(system, "voices13"))
+        if (rows := rows_of(results, system, "voices13"))
     ]
     return markdown_table(["`voices13` test, WER %", *codes], lines)
 
 
-def draw(results: Results, path: Path) -> None:
+def draw(results: ResultFile, path: Path) -> None:
     """Word error rate a language over the hours that were trained on: ours, and Whisper's."""
     import matplotlib
 
@@ -83,10 +81,10 @@ def draw(results: Results, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for system, marker in (("voices13-attention", "o"), ("voices13-ctc", "s"), (REFERENCE, "x")):
-        rows = {code: row for code, row in results.of(system, "voices13").items() if code != "all"}
-        hours = [results.of("voices13-attention", "voices13")[code]["train_hours"] for code in rows]
+        rows = {code: row for code, row in rows_of(results, system, "voices13").items() if code != "all"}
+        hours = [rows_of(results, "voices13-attention", "voices13")[code]["train_hours"] for code in rows]
         axes.semilogx(hours, [row["wer"] for row in rows.values()], marker, label=TITLES[system])
-    for code, row in results.of("voices13-attention", "voices13").items():
+    for code, row in rows_of(results, "voices13-attention", "voices13").items():
         if code != "all":
             axes.annotate(code, (row["train_hours"], row["wer"]), textcoords="offset points", xytext=(4, 4))
     axes.set(xlabel="hours of training speech", ylabel="word error rate, %", ylim=(0, None))

@@ -16,7 +16,7 @@ import soundfile
 from mole_asr.corpus.manifest import Utterance, write_manifest
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "whisper_mole"
-MODULES = ("results", "tables", "run")
+MODULES = ("tables", "run")
 TINY = [
     "--model.pretrained.num_mole_blocks=1",
     "--model.pretrained.language_tokenizer_block=1",
