@@ -8,7 +8,7 @@ Letters: B batch, T frames, D model width, N languages, F expert width, U units 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class MixtureConfig:
             language with routing "true" (an oracle), and where none is given the predicted one.
     """
 
+    section: ClassVar[str] = "model.encoder"  # where users write these keys
+
     mixture: Mixture = "language"
     expert_d_ff: int | None = None
     expert_of: str | dict[str, str] = "language"
@@ -94,7 +96,14 @@ class MixtureConfig:
             (self.routing_unit not in ("utterance", "frame"), f"routing_unit: {self.routing_unit!r} is unknown"),
             (self.temperature <= 0, f"temperature: {self.temperature:g} must be positive"),
         ]
-        refuse(problems)
+        self.refuse(problems)
+
+    @classmethod
+    def refuse(cls, problems: list[tuple[bool, str]]) -> None:
+        """Raises a MoleError for the first (is wrong, message) that is wrong."""
+        for is_wrong, message in problems:
+            if is_wrong:
+                raise MoleError(f"{cls.section}.{message}; change it in the config")
 
     def expert_names(self, languages: list[str]) -> list[str]:
         """The name of each language's expert; languages of one name share it."""
@@ -108,13 +117,6 @@ class MixtureConfig:
         if self.expert_of == "language":
             return self
         return replace(self, expert_of=dict(zip(languages, self.expert_names(languages), strict=True)))
-
-
-def refuse(problems: list[tuple[bool, str]]) -> None:
-    """Raises a MoleError for the first (is wrong, message) that is wrong."""
-    for is_wrong, message in problems:
-        if is_wrong:
-            raise MoleError(f"model.encoder.{message}; change it in the config")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mole_asr.asr.attention_head import AttentionHead
 from mole_asr.asr.conformer import ConformerBlock, FeedForward, Frames
 from mole_asr.asr.language_tokenizer import LanguageEvidence
-from mole_asr.asr.mixture import Decision, ExpertMixture, MixtureConfig, MixtureFeedForward, refuse
+from mole_asr.asr.mixture import Decision, ExpertMixture, MixtureConfig, MixtureFeedForward
 from mole_asr.asr.subsampling import Subsampling
 from mole_asr.audio.features import FRAME_SHIFT_S, SUBSAMPLING, LogMel
 from mole_asr.errors import MoleError
@@ -70,7 +70,7 @@ class EncoderConfig(MixtureConfig):
                 f"intermediate_ctc_blocks: {self.intermediate_ctc_blocks} must be between 1 and num_blocks - 1",
             ),
         ]
-        refuse(problems)
+        self.refuse(problems)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,12 +8,12 @@ Letters: B batch, S samples, T frames, D model width, V vocabulary, N packed fra
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
 from mole_asr.asr.attention_head import AttentionHead
-from mole_asr.asr.mixture import ExpertMixture, MixtureConfig, MixtureFeedForward, refuse
+from mole_asr.asr.mixture import ExpertMixture, MixtureConfig, MixtureFeedForward
 from mole_asr.asr.model import ModelOutput
 from mole_asr.asr.model_files import CONFIG, find_model, read_json
 from mole_asr.asr.pretrained_encoders import TORCHAUDIO, feed_forward_weights, load_pretrained_encoder
@@ -35,10 +35,13 @@ class PretrainedConfig(MixtureConfig):
         checkpoint: what to start from. Whisper: a folder (Hugging Face, CTranslate2), an OpenAI `.pt`, or a hub id;
             wav2vec 2.0, XLS-R, MMS, HuBERT, w2v-BERT 2.0: a Hugging Face folder or hub id, or torchaudio:NAME of a
             bundle.
-        num_mole_blocks: how many encoder blocks, at the top, get experts; 0 leaves the encoder dense.
+        num_mole_blocks: how many encoder blocks, at the top, get experts; 0, or the mixture "dense", leaves the encoder
+            as it is. Experts are as wide as what they are copies of, so `expert_d_ff` has nothing to say.
         language_tokenizer_block: blocks that the language tokenizer listens behind.
         attention_head: whether Whisper's text decoder is kept, beside the CTC head. Other encoders have none.
     """
+
+    section: ClassVar[str] = "model.pretrained"
 
     checkpoint: str = ""
     num_mole_blocks: int = 2
@@ -98,9 +101,16 @@ class PretrainedModel(nn.Module):
         super().__init__()
         dense = sizes.encoder_layers - config.num_mole_blocks
         listens = config.language_tokenizer_block
-        refuse(
+        config.refuse(
             [
-                (dense < 0, f"num_mole_blocks: {config.num_mole_blocks}, but the encoder has {sizes.encoder_layers}"),
+                (
+                    not 0 <= dense <= sizes.encoder_layers,
+                    f"num_mole_blocks: {config.num_mole_blocks}, but the encoder has {sizes.encoder_layers}",
+                ),
+                (
+                    config.expert_d_ff not in (None, sizes.d_ff),
+                    f"expert_d_ff: {config.expert_d_ff}, but experts are copies of parts of width {sizes.d_ff}",
+                ),
                 (
                     not 0 <= listens <= dense,
                     f"language_tokenizer_block: {listens} must be 0..{dense}, before the experts",
@@ -116,7 +126,7 @@ class PretrainedModel(nn.Module):
         self.feature_augment: nn.Module | None = None
         self.encoder: PretrainedEncoder = module(sizes)
         self.mixture = ExpertMixture(config, self.languages, sizes.d_model)
-        for block in list(self.encoder.blocks)[dense:]:
+        for block in list(self.encoder.blocks)[dense:] if config.mixture != "dense" else []:
             block.feed_forward = self.mixture.make_layer(sizes.d_ff, self.encoder.activation)
         self.ctc = NormalizedCTCHead(sizes.d_model, vocab_size)
         self.attention_head: AttentionHead | None = None
@@ -170,6 +180,7 @@ def from_checkpoint(config: PretrainedConfig, languages: list[str], vocab_size: 
     Raises:
         MoleError: the checkpoint cannot be read, or does not fit the config.
     """
+    config.refuse([(not config.checkpoint, "checkpoint: names nothing to start from")])
     encoder: PretrainedEncoder
     if not _is_whisper(config.checkpoint):
         encoder = load_pretrained_encoder(config.checkpoint)

@@ -15,7 +15,7 @@ from mole_asr.asr.generations import guard, train_last_generation, wake
 from mole_asr.asr.grow import grow_model
 from mole_asr.asr.losses import losses
 from mole_asr.asr.model import EncoderConfig, MoleModel
-from mole_asr.asr.muon import build_optimizer
+from mole_asr.asr.muon import OptimizerConfig, build_optimizer
 from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel, from_checkpoint
 from mole_asr.audio.augment import SpecAugment
 from mole_asr.corpus.batch import Batch
@@ -44,30 +44,6 @@ class LossWeights:
     reliability: float = 0.1
     balance: float = 0.01
     attention: float = 1.0
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Muon for matrices, AdamW for the rest; warm-up, then a straight line to zero at the last step.
-
-    A resumed run keeps the learning rates it began with.
-
-    Attributes:
-        lr: of the matrices.
-        adamw_lr: of all other parameters.
-        weight_decay: decoupled, of the matrices.
-        warmup_share: share of all steps.
-    """
-
-    lr: float = 0.02
-    adamw_lr: float = 1e-3
-    weight_decay: float = 0.01
-    warmup_share: float = 0.03
-
-    def scale(self, step: int, steps: int) -> float:
-        """Learning rate of a step over the configured one."""
-        warmup = max(1, round(self.warmup_share * steps))
-        return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
 
 
 class MoleTask(LightningModule):
@@ -111,16 +87,17 @@ class MoleTask(LightningModule):
         torch.manual_seed(seed)
         self.model: Recogniser
         self.old_ngrams: dict[str, TokenNgram] = {}
-        if pretrained is not None:
-            self.model = from_checkpoint(pretrained, languages, self.text_tokenizer.vocab_size)
-        elif init_from is None:
-            self.model = MoleModel(encoder, languages, self.text_tokenizer.vocab_size)
+        config = encoder if pretrained is None else pretrained
+        if init_from is None:
+            if pretrained is not None:
+                self.model = from_checkpoint(pretrained, languages, self.text_tokenizer.vocab_size)
+            else:
+                self.model = MoleModel(encoder, languages, self.text_tokenizer.vocab_size)
         else:
             old, old_tokenizer = load_model(Path(init_from))
-            if encoder != EncoderConfig() and encoder.spelled_out(old.languages) != old.config:
-                raise MoleError(
-                    "model.encoder: with model.init_from, sizes are those of the old model; leave the keys out"
-                )
+            if config != EncoderConfig() and config.spelled_out(old.languages) != old.config:
+                leave_out = "leave the keys out" if pretrained is None else "give --model.pretrained null"
+                raise MoleError(f"{config.section}: with model.init_from, it is that of the old model; {leave_out}")
             self.model = grow_model(old, old_tokenizer, self.text_tokenizer, languages)
             wake(self.model)
             if (ngrams := Path(init_from) / NGRAM_FILE).exists():

@@ -1,5 +1,6 @@
 """A recogniser on a pretrained Whisper (tiny, with random weights): what it starts from, learns, keeps and writes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mole_asr.asr.fine_tuning import FineTuning, choose_trained, fine_tuning_opt
 from mole_asr.asr.losses import losses
 from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel, from_checkpoint
 from mole_asr.asr.pretrained_encoders import load_pretrained_encoder
+from mole_asr.asr.task import MoleTask
 from mole_asr.asr.whisper import WhisperEncoder, WhisperFeatures
 from mole_asr.asr.whisper_checkpoint import load_whisper
 from mole_asr.corpus.batch import Batch
@@ -25,8 +27,8 @@ from .conftest import LANGUAGES
 
 def build(folder: Path, tokenizer: TextTokenizer, **changes: Any) -> PretrainedModel:
     torch.manual_seed(0)
-    switches = {"num_mole_blocks": 1, "language_tokenizer_block": 1, **changes}
-    config = PretrainedConfig(checkpoint=str(folder), **switches)
+    switches = {"checkpoint": str(folder), "num_mole_blocks": 1, "language_tokenizer_block": 1, **changes}
+    config = PretrainedConfig(**switches)
     return from_checkpoint(config, LANGUAGES, tokenizer.vocab_size)
 
 
@@ -50,6 +52,7 @@ def attention_loss(model: PretrainedModel, batch: Batch, smoothing: float = 0.1)
         {"expert_of": "family"},
         {"routing_unit": "frame", "reliability": "entropy"},
         {"num_mole_blocks": 0, "mixture": "dense", "language_tokenizer_block": 2},
+        {"mixture": "dense"},
     ],
 )
 def test_training_starts_from_whispers_own_function(
@@ -253,11 +256,30 @@ def _other_encoder(name: str, folder: Path) -> Path:
     ("switches", "message"),
     [
         ({"num_mole_blocks": 3}, "num_mole_blocks: 3, but the encoder has 2"),
+        ({"num_mole_blocks": -1}, "num_mole_blocks: -1, but the encoder has 2"),
         ({"language_tokenizer_block": 2}, r"language_tokenizer_block: 2 must be 0\.\.1"),
+        ({"expert_d_ff": 24}, "expert_d_ff: 24, but experts are copies of parts of width 48"),
+        ({"temperature": 0}, "temperature: 0 must be positive"),
+        ({"checkpoint": ""}, "checkpoint: names nothing to start from"),
     ],
 )
 def test_sizes_that_the_checkpoint_has_not(
     whisper_folder: Path, tokenizer: TextTokenizer, switches: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(MoleError, match=message):
+    with pytest.raises(MoleError, match=rf"^model\.pretrained\.{message}"):
         build(whisper_folder, tokenizer, **switches)
+
+
+def test_a_trained_model_to_start_from_is_not_passed_over(
+    model: PretrainedModel, tokenizer_folder: Path, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    """A config of fine-tuning names Whisper; `init_from` must start from the model all the same."""
+    torch.nn.init.normal_(model.ctc.linear.weight)
+    save_model(model, tokenizer, tmp_path)
+    for pretrained in (None, model.config):
+        task = MoleTask(str(tokenizer_folder), LANGUAGES, pretrained=pretrained, init_from=str(tmp_path))
+        found = task.model.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    other = replace(model.config, num_mole_blocks=0)
+    with pytest.raises(MoleError, match=r"^model\.pretrained: with model\.init_from.* --model\.pretrained null"):
+        MoleTask(str(tokenizer_folder), LANGUAGES, pretrained=other, init_from=str(tmp_path))
