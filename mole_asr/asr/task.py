@@ -196,8 +196,10 @@ class MoleTask(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm; Lightning refuses to with a fused optimizer, as float16's gradients are scaled."""
-        if gradient_clip_val:
+        """Clips by the norm, or by value; Lightning refuses to with a fused optimizer, as float16's are scaled."""
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

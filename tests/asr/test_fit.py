@@ -153,6 +153,45 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_as_an_uninterrupted_one(
     assert not different
 
 
+def test_fine_tuning_killed_in_both_stages_ends_as_an_uninterrupted_one(
+    command: Callable[..., list[str]], watch: Watch, tmp_path: Path, whisper_folder: Path
+) -> None:
+    def words(output: str) -> list[str]:
+        own = {
+            "pretrained.checkpoint": whisper_folder,
+            "pretrained.num_mole_blocks": 1,
+            "pretrained.language_tokenizer_block": 1,
+            "fine_tuning.new_parts_share": 0.3,
+            "fine_tuning.new_lr": 0.01,
+        }
+        rest = command(output=tmp_path / output, trainer__gradient_clip_val=1.0, **AUGMENT)
+        rest = [word for word in rest if not word.startswith("--model.encoder")]
+        return [*rest, *(f"--model.{key}={value}" for key, value in own.items())]
+
+    fit(words("whole"))
+    steps, watch.rows = len(watch.rows), []
+    first_of_second_stage = round(0.3 * steps)
+    for kill_at in (first_of_second_stage - 1, steps - 2):  # checkpoints lie before, at every third step
+        watch.kill_at = kill_at
+        with pytest.raises(Killed):
+            fit(words("parts"))
+    watch.kill_at = None
+    fit(words("parts"))
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert not [name for name in expected if not torch.equal(expected[name], found[name])]
+
+
+@pytest.mark.parametrize(("algorithm", "clipped"), [(None, [0.6, 0.8]), ("norm", [0.6, 0.8]), ("value", [1.0, 1.0])])
+def test_gradients_are_clipped_as_asked(tokenizer_folder: Path, algorithm: str | None, clipped: list[float]) -> None:
+    task = MoleTask(str(tokenizer_folder), ["de", "en"])
+    bias_N = task.model.mixture.language_tokenizer.languages.bias
+    bias_N.grad = torch.tensor([3.0, 4.0])
+    task.configure_gradient_clipping(None, 1.0, algorithm)
+    torch.testing.assert_close(bias_N.grad, torch.tensor(clipped))
+    task.configure_gradient_clipping(None, None, algorithm)
+    torch.testing.assert_close(bias_N.grad, torch.tensor(clipped))
+
+
 # A training process that the system kills at the beginning of a step: no clean-up, nothing flushed.
 RUN_TO_STEP = """
 import os, signal, sys, torch
