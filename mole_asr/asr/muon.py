@@ -6,6 +6,7 @@ costs more than the matrices of one shape together.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,30 @@ from torch import Tensor, nn
 # Express, Amsel et al., 2025); nine tenths of the singular values met in training lie there. They come as near to 1 as
 # after five steps of the usual polynomial (Jordan et al., 2024).
 NEWTON_SCHULZ = ((7.8977, -22.8490, 16.8330), (3.4068, -2.5541, 0.5175), (2.3830, -1.7419, 0.4267))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Muon for matrices, AdamW for the rest; warm-up, then a straight line to zero at the last step.
+
+    A resumed run keeps the learning rates it began with.
+
+    Attributes:
+        lr: of the matrices.
+        adamw_lr: of all other parameters.
+        weight_decay: decoupled, of the matrices.
+        warmup_share: share of all steps.
+    """
+
+    lr: float = 0.02
+    adamw_lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_share: float = 0.03
+
+    def scale(self, step: int, steps: int) -> float:
+        """Learning rate of a step over the configured one."""
+        warmup = max(1, round(self.warmup_share * steps))
+        return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
 
 
 def orthogonalize(matrices_NXY: Tensor) -> Tensor:
