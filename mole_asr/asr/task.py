@@ -71,7 +71,7 @@ class MoleTask(LightningModule):
         languages: list[str],
         encoder: EncoderConfig = EncoderConfig(),  # noqa: B008 (frozen)
         loss_weights: LossWeights = LossWeights(),
-        optimizer: OptimizerConfig = OptimizerConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         scheduled_share: float = 0.5,
         spec_augment: bool = True,
         pretrained: PretrainedConfig | None = None,
