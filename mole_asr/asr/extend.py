@@ -18,7 +18,9 @@ def extend(
 
     A new language gets an expert of its own in each MoLE block, a copy of the agnostic expert, or shares an old one. It
     sleeps: nothing is recognised as it until `mole-asr fit --model.init_from OUTPUT --model.freeze_old true` has
-    trained what is new, and nothing else, on recordings of the new languages alone.
+    trained what is new, and nothing else, on recordings of the new languages alone. After that too, an utterance whose
+    language is given, or heard, as an old one gives the old bits: new languages have no part in its reliability, nor
+    new pieces in its text. (Training without `freeze_old` trains all, and makes all languages alike.)
 
     Args:
         model: folder of the trained model.
@@ -49,8 +51,6 @@ def extend(
     shared = dict.fromkeys(new, family) if family is not None else None
     grown = grow_model(old, old_tokenizer, new_tokenizer, [*old.languages, *new], shared)
     experts = grown.mixture.language_router.num_experts - old.mixture.language_router.num_experts
-    if experts and old.config.reliability == "entropy":
-        raise MoleError("reliability: an entropy counts the experts, so a new one changes r; share one with --family")
     ngrams = Path(model) / NGRAM_FILE
     if ngrams.exists():
         save_ngrams(load_ngrams(ngrams, old_tokenizer.vocab_size), Path(output) / NGRAM_FILE)

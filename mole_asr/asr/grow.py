@@ -30,8 +30,7 @@ def grow_model(
 ) -> Recogniser:
     """Makes a model with the old weights and room for new pieces and languages, which sleep (see `asr/generations.py`).
 
-    Before it is trained, it gives bit for bit what the old one gave: no piece and no language that sleeps has any
-    probability. (The reliability "entropy" alone counts languages, and changes with their number.)
+    Before it is trained, it gives bit for bit what the old one gave.
 
     Args:
         model: the trained model.

@@ -19,7 +19,6 @@ from mole_asr.corpus.families import family_of
 from mole_asr.errors import MoleError
 from mole_asr.moe.experts import Activation
 from mole_asr.moe.layer import MoELayer
-from mole_asr.moe.parts import softmax
 from mole_asr.moe.plan import RoutingPlan
 from mole_asr.moe.routers import (
     Families,
@@ -150,6 +149,7 @@ class Decision:
         plan: for all layers; None where layers route their own frames.
         router: of all layers ("omni").
         families: which languages share an expert; None where none do.
+        newest_B: int64, the newest generation of pieces that each utterance's language may use; None for all.
         plans: what each layer did, lowest first; the layers fill it.
     """
 
@@ -159,6 +159,7 @@ class Decision:
     plan: RoutingPlan | None = None
     router: Router | None = None
     families: Families | None = None
+    newest_B: Tensor | None = None
     plans: list[RoutingPlan] = field(default_factory=list)
 
     @property
@@ -235,8 +236,14 @@ class ExpertMixture(nn.Module):
 
     def language_posterior(self, logits: Tensor) -> Tensor:
         """Softmax of logits / temperature over the languages that the model has (the last dimension); float32."""
-        parts = self.language_router.parts if self.kept is None else (len(self.kept),)
-        return softmax(logits.float() / self.config.temperature, parts)
+        return (logits.float() / self.config.temperature).softmax(-1)
+
+    def undecided(self, lengths_B: Tensor) -> Tensor | None:
+        """The `Decision.newest_B` of heads that are asked before the language is known: the first generation.
+
+        In training, all pieces may be used everywhere.
+        """
+        return None if self.training or len(self.language_router.parts) == 1 else torch.zeros_like(lengths_B)
 
     def _top_k_router(self) -> TopKRouter:
         # Raw weights with k = 1: the only way in which the recognition loss reaches the router.
@@ -311,9 +318,11 @@ class ExpertMixture(nn.Module):
         if self.language_embedding is not None:
             x_BTD = x_BTD + self._language_vectors(context)
         plan = heard if self.config.mixture == "language" else None
+        newest_B = self.language_router.newest(evidence.logits_BN, replace(context, language_logits=evidence.logits_BN))
         if self.kept is not None:
             evidence = evidence.select(self.kept)
-        return x_BTD, Decision(evidence, heard, context, plan, self.router, self.language_router.families)
+        families = self.language_router.families
+        return x_BTD, Decision(evidence, heard, context, plan, self.router, families, newest_B)
 
     def _language_vectors(self, context: RoutingContext) -> Tensor:
         """The vector of each utterance's language [B, 1, D], or of each frame's [B, T, D] (zero at padding)."""

@@ -122,9 +122,9 @@ class ModelOutput:
 class CTCHead(PartedLinear):
     """Linear -> log-softmax over tokens and blank (id 0), in float32."""
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """log_probs_BTV."""
-        return log_softmax(super().forward(x_BTD).float(), self.parts)
+    def forward(self, x_BTD: Tensor, newest_B: Tensor | None = None) -> Tensor:
+        """log_probs_BTV of the pieces up to a generation, or of all."""
+        return log_softmax(super().forward(x_BTD).float(), self.parts, newest_B)
 
 
 class MoleModel(nn.Module):
@@ -191,14 +191,17 @@ class MoleModel(nn.Module):
         frames = Frames.of(lengths_B, x_BTD.shape[1], self.config.num_heads)
 
         decision, intermediate_log_probs_BTV = None, []
+        newest_B = self.mixture.undecided(lengths_B)
         for index, block in enumerate(self.blocks):
             if index == self.config.language_tokenizer_block:
                 x_BTD, decision = self.mixture(x_BTD, frames, languages_B, true_probability)
+                newest_B = decision.newest_B
             x_BTD = block(x_BTD, frames, decision)
             if index + 1 in self.config.intermediate_ctc_blocks and self.condition is not None:
-                log_probs_BTV = self.ctc(x_BTD)
+                log_probs_BTV = self.ctc(x_BTD, newest_B)
                 intermediate_log_probs_BTV.append(log_probs_BTV)
                 x_BTD = x_BTD + self.condition(log_probs_BTV.exp())
         if decision is None:
             x_BTD, decision = self.mixture(x_BTD, frames, languages_B, true_probability)
-        return ModelOutput(self.ctc(x_BTD), lengths_B, decision, frames, intermediate_log_probs_BTV)
+        log_probs_BTV = self.ctc(x_BTD, decision.newest_B)
+        return ModelOutput(log_probs_BTV, lengths_B, decision, frames, intermediate_log_probs_BTV)

@@ -61,10 +61,10 @@ class NormalizedCTCHead(nn.Module):
         self.norm = nn.BatchNorm1d(d_model, affine=False)
         self.linear = PartedLinear(d_model, vocab_size)
 
-    def forward(self, x_BTD: Tensor, rows: PackedRows) -> Tensor:
-        """log_probs_BTV in float32; those of padding mean nothing."""
+    def forward(self, x_BTD: Tensor, rows: PackedRows, newest_B: Tensor | None = None) -> Tensor:
+        """log_probs_BTV in float32, of the pieces up to a generation or of all; those of padding mean nothing."""
         x_ND = self.norm(rows.pack(x_BTD).float())
-        return log_softmax(rows.unpack(self.linear(x_ND)).float(), self.linear.parts)
+        return log_softmax(rows.unpack(self.linear(x_ND)).float(), self.linear.parts, newest_B)
 
 
 EncoderSizes: TypeAlias = WhisperConfig | Wav2Vec2Config | W2vBertConfig
@@ -166,7 +166,7 @@ class PretrainedModel(nn.Module):
             x_BTD, decision = self.mixture(x_BTD, frames, languages_B, true_probability)
         x_BTD = self.encoder.norm(x_BTD)
         return ModelOutput(
-            log_probs_BTV=self.ctc(x_BTD, frames.rows),
+            log_probs_BTV=self.ctc(x_BTD, frames.rows, decision.newest_B),
             lengths_B=lengths_B,
             decision=decision,
             frames=frames,
@@ -209,4 +209,4 @@ def _is_whisper(checkpoint: str) -> bool:
     if checkpoint.startswith(TORCHAUDIO) or path.is_file() or (path / "model.bin").exists():
         return not checkpoint.startswith(TORCHAUDIO)
     folder = find_model(checkpoint, (CONFIG,), weights=(CONFIG,))
-    return read_json(folder / CONFIG).get("model_type") == "whisper"
+    return read_json(folder / CONFIG).get("model_type", "whisper") == "whisper"  # CTranslate2 writes none

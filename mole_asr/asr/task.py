@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mole_asr.asr.checkpoint import Recogniser, load_model
 from mole_asr.asr.fine_tuning import FineTuning, choose_trained, fine_tuning_optimizer
-from mole_asr.asr.generations import guard, train_last_generation, wake
+from mole_asr.asr.generations import guard, merge_generations, train_last_generation, wake
 from mole_asr.asr.grow import grow_model
 from mole_asr.asr.losses import losses
 from mole_asr.asr.model import EncoderConfig, MoleModel
@@ -100,6 +100,8 @@ class MoleTask(LightningModule):
                 raise MoleError(f"{config.section}: with model.init_from, it is that of the old model; {leave_out}")
             self.model = grow_model(old, old_tokenizer, self.text_tokenizer, languages)
             wake(self.model)
+            if not freeze_old:
+                merge_generations(self.model)
             if (ngrams := Path(init_from) / NGRAM_FILE).exists():
                 self.old_ngrams = load_ngrams(ngrams, old_tokenizer.vocab_size)
         if freeze_old and init_from is None:

@@ -1,61 +1,59 @@
-"""Outputs that came later: linear layers and softmax part by part, so that the old part's bits stay what they were.
+"""Outputs that came later: linear layers and softmax by generations, so that the old ones keep their bits.
 
-A classifier that gets a new class by a wider matrix and a wider softmax changes its old answers even where the new
+A classifier that gets a new class by a wider matrix and a wider softmax changes its old answers, even where the new
 class has no probability: products and sums of another width are rounded in another order. Here each generation of
-classes is a part with a product and a softmax of its own, and the parts are merged by their total weights. A part that
-sleeps (its logits are `ASLEEP`) has the weight exp(-10000) = 0, and multiplies the others by exactly 1.
+classes is a part with a product of its own, and a softmax is over the classes up to a certain generation: where only
+old classes can be meant, it is what it was before the new ones came.
 
-Shape letters: C classes of all parts, c of one.
+Shape letters: C classes of all parts, c of some.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 ASLEEP = -1e4
-"""Bias of a class that nothing is known of yet; finite, as an infinite one would make NaN gradients."""
+"""Logit or log-probability of a class that cannot be meant; finite, as infinite ones make NaN gradients."""
 
 
-def softmax(logits: Tensor, parts: Sequence[int]) -> Tensor:
-    """Softmax over the last dimension, in the type of the logits.
+def softmax(logits: Tensor, parts: Sequence[int], newest: Tensor | None = None) -> Tensor:
+    """Softmax over the last dimension; classes that cannot be meant get 0.
 
     Args:
         logits: [..., C].
         parts: classes of each generation, the oldest first; they add up to C.
+        newest: int64, of the first dimensions of the logits: the newest generation that counts; None for the last.
     """
-    if len(parts) == 1:
-        return logits.softmax(-1)
-    pieces = logits.split(list(parts), -1)
-    merged: list[Tensor] = []
-    for piece, gap in zip(pieces, _gaps(pieces), strict=True):
-        merged = [old * torch.sigmoid(-gap) for old in merged]
-        merged.append(piece.softmax(-1) * torch.sigmoid(gap))
-    return torch.cat(merged, -1)
+    return _by_generation(lambda some: some.softmax(-1), logits, parts, newest, 0.0)
 
 
-def log_softmax(logits: Tensor, parts: Sequence[int]) -> Tensor:
-    """Logarithm of `softmax`."""
-    if len(parts) == 1:
-        return logits.log_softmax(-1)
-    pieces = logits.split(list(parts), -1)
-    merged: list[Tensor] = []
-    for piece, gap in zip(pieces, _gaps(pieces), strict=True):
-        merged = [old - functional.softplus(gap) for old in merged]
-        merged.append(piece.log_softmax(-1) - functional.softplus(-gap))
-    return torch.cat(merged, -1)
+def log_softmax(logits: Tensor, parts: Sequence[int], newest: Tensor | None = None) -> Tensor:
+    """Logarithm of `softmax`; classes that cannot be meant get `ASLEEP`."""
+    return _by_generation(lambda some: some.log_softmax(-1), logits, parts, newest, ASLEEP)
 
 
-def _gaps(pieces: Sequence[Tensor]) -> list[Tensor]:
-    """Logarithm [..., 1] of each part's weight over that of all parts before it; infinite for the first."""
-    total = pieces[0].new_full((*pieces[0].shape[:-1], 1), -torch.inf)
-    gaps = []
-    for piece in pieces:
-        own = piece.logsumexp(-1, keepdim=True)
-        gaps.append(own - total)
-        total = torch.logaddexp(total, own)
-    return gaps
+def _by_generation(
+    compute: Callable[[Tensor], Tensor], logits: Tensor, parts: Sequence[int], newest: Tensor | None, outside: float
+) -> Tensor:
+    if newest is None or len(parts) == 1:
+        return compute(logits)
+    ends = accumulate(parts)
+    results = [functional.pad(compute(logits[..., :end]), (0, logits.shape[-1] - end), value=outside) for end in ends]
+    return choose(results, newest)
+
+
+def choose(results: Sequence[Tensor], newest: Tensor | None) -> Tensor:
+    """Of the results for each generation those of the newest that counts, [...] of results [...] or [..., C]."""
+    if newest is None:
+        return results[-1]
+    newest = newest.reshape(*newest.shape, *[1] * (results[0].ndim - newest.ndim))
+    chosen = results[0]
+    for generation, result in enumerate(results[1:], start=1):
+        chosen = torch.where(newest >= generation, result, chosen)
+    return chosen
 
 
 class PartedLinear(nn.Linear):

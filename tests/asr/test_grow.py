@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mole_asr.asr.generations import wake
+from mole_asr.asr.generations import merge_generations, wake
 from mole_asr.asr.grow import grow_model
 from mole_asr.asr.model import MoleModel
 from mole_asr.corpus.batch import Batch
@@ -64,6 +64,7 @@ def test_awake_but_untrained_pieces_change_little(
     old = make_model(intermediate_ctc_blocks=(), reliability="sigmoid").eval()
     grown = grow_model(old, tokenizer, wider, [*LANGUAGES, "xx"]).eval()
     wake(grown)
+    merge_generations(grown)
     told = torch.tensor([0, 1, 2, 0])
     before, after = (model(batch.audio_BS, batch.audio_lengths_B, told) for model in (old, grown))
     valid_BT = before.frames.valid_BT

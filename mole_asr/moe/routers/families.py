@@ -41,17 +41,12 @@ class Families(nn.Module):
         families = self.family_of_language_L[languages.long().clamp(min=0)]
         return families.where(languages >= 0, -1)
 
-    def logits(self, logits_UL: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+    def logits(self, logits_UL: Tensor) -> Tensor:
         """Logits [U, E] whose softmax gives each family the sum of its languages' probabilities.
 
-        Args:
-            logits_UL: of languages.
-            parts: languages of each generation (see `mole_asr.moe.parts`), which are summed apart; None for one.
+        Of the first languages alone, it gives those of their families, which must be the first ones.
         """
-        spread_ULE = logits_UL[:, :, None].where(self.member_LE, -torch.inf)
-        parts = parts or (logits_UL.shape[1],)
-        first_UE, *later = [piece_UlE.contiguous().logsumexp(1) for piece_UlE in spread_ULE.split(list(parts), 1)]
-        for later_UE in later:
-            # Where a part has no member of a family: a finite value, as two infinite ones would make NaN gradients.
-            first_UE = torch.logaddexp(first_UE, later_UE.clamp(min=torch.finfo(later_UE.dtype).min))
-        return first_UE
+        member_LE = self.member_LE[: logits_UL.shape[1]]
+        if logits_UL.shape[1] < len(self.member_LE):
+            member_LE = member_LE[:, : int(self.family_of_language_L[: len(member_LE)].max()) + 1]
+        return logits_UL[:, :, None].where(member_LE, -torch.inf).logsumexp(1)

@@ -6,12 +6,14 @@ Shape letters: B utterances, T frames, N languages where logits are meant (BN, B
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from mole_asr.moe.parts import softmax
+from mole_asr.moe.parts import choose
 from mole_asr.moe.plan import RoutingPlan
 from mole_asr.moe.routers.base import Router, Routing, RoutingContext
 from mole_asr.moe.routers.families import Families
@@ -43,9 +45,10 @@ class LanguageRouter(Router):
 
     The rows are not looked at, so one plan serves all layers: call it once, `router(None, context)`.
 
-    With `parts`, the languages came in generations, and what the old ones get does not change by a bit where the new
-    ones sleep. With `kept`, only these languages may be routed to and only their experts exist; the others still take
-    their share of the posterior, so that r is what it was with all experts.
+    With `parts`, the languages came in generations: the posterior of an utterance in an old language, given or heard,
+    is over its own and older generations (in training over all), so that later ones do not change it. With `kept`,
+    only these languages may be routed to and only their experts exist; the others still take their share of the
+    posterior, so that r is what it was with all experts.
 
     Plan: layout "segment" for logits [B, N], else "token". aux: "logits" [U, N] and "probabilities" [U, E] (float32,
     without padding), "reliability" [U], "predicted" int64 [U], the expert chosen where labels and noise are ignored.
@@ -64,6 +67,8 @@ class LanguageRouter(Router):
     """
 
     kept_experts_E: Tensor | None
+    kept_languages_K: Tensor | None
+    generation_K: Tensor
 
     def __init__(
         self,
@@ -83,19 +88,24 @@ class LanguageRouter(Router):
             raise ValueError(f"temperature must be positive, not {temperature}")
         if families is not None and len(families) != num_languages:
             raise ValueError(f"families must name the expert of each of {num_languages} languages, not {len(families)}")
-        if parts is not None and (sum(parts) != num_languages or min(parts) < 1):
+        if parts is not None and (sum(parts) != num_languages or parts[0] < 1):
             raise ValueError(f"parts must add up to {num_languages} languages, not {sum(parts)}")
         self.num_languages, self.temperature = num_languages, temperature
         self.families = None if families is None else Families(families)
         self.parts = tuple(parts or (num_languages,))
         experts = list(range(num_languages) if families is None else families)
-        self.expert_parts = _expert_parts(experts, self.parts)
-        left = sorted({experts[language] for language in range(num_languages) if kept is None or language in kept})
+        self._ends = list(accumulate(self.parts))
+        if any(sorted(set(experts[:end])) != list(range(len(set(experts[:end])))) for end in self._ends):
+            raise ValueError(f"families must be numbered in the order in which their languages came, not {experts}")
+        languages = list(range(num_languages) if kept is None else kept)
+        left = sorted({experts[language] for language in languages})
         self.num_experts = len(left)
+        generations = [n for n, count in enumerate(self.parts) for _ in range(count)]
+        places = [left.index(experts[language]) for language in languages]
+        self.families_of_labels = self.families if kept is None else Families(places)
         self.register_buffer("kept_experts_E", None if kept is None else torch.tensor(left), persistent=False)
-        self.families_of_labels = (
-            self.families if kept is None else Families([left.index(experts[language]) for language in kept])
-        )
+        self.register_buffer("kept_languages_K", None if kept is None else torch.tensor(languages), persistent=False)
+        self.register_buffer("generation_K", torch.tensor(generations)[languages], persistent=False)
         self.reliability: Reliability = reliability
         self.routing: Routing = routing
 
@@ -107,17 +117,32 @@ class LanguageRouter(Router):
         """
         logits_UN = language_logits_of(self, context, self.num_languages)
         assert context is not None
-        scaled_UE = logits_UN / self.temperature
-        scaled_UE = scaled_UE if self.families is None else self.families.logits(scaled_UE, self.parts)
-        p_UA = softmax(scaled_UE, self.expert_parts)  # A: E and the experts that were left out
-        p_UE = p_UA if self.kept_experts_E is None else p_UA[:, self.kept_experts_E]
+        newest_U = self.newest(logits_UN, context)
+        scaled_UN = logits_UN / self.temperature
+        scaled_of = [scaled_UN[:, :end] for end in ([self.num_languages] if newest_U is None else self._ends)]
+        if self.families is not None:
+            scaled_of = [self.families.logits(scaled_Un) for scaled_Un in scaled_of]
+        p_of = [scaled_Ue.softmax(-1) for scaled_Ue in scaled_of]  # of each generation: [U, experts so far]
+        sizes = [(0, p_of[-1].shape[1] - p_Ue.shape[1]) for p_Ue in p_of]
+        p_UE = choose([functional.pad(p_Ue, size) for p_Ue, size in zip(p_of, sizes, strict=True)], newest_U)
+        p_UE = p_UE if self.kept_experts_E is None else p_UE[:, self.kept_experts_E]
         predicted_U = p_UE.argmax(-1)
-        noisy_UE = self._gumbel_sample(scaled_UE, context.generator)
+        noisy_UE = self._gumbel_sample(scaled_of[-1], context.generator)
         drawn_U = predicted_U if noisy_UE is None else noisy_UE.argmax(-1)
         expert_U = routed_language(drawn_U, context, self.routing, self.training, self.families_of_labels)
-        r_U = self._reliability(p_UA, p_UE, expert_U, noisy_UE, context)
+        if self.reliability == "entropy":
+            r_U = choose([_certainty(p_Ue) for p_Ue in p_of], newest_U)
+        else:
+            r_U = self._reliability(p_UE, expert_U, noisy_UE, context)
         aux = {"logits": logits_UN, "probabilities": p_UE, "reliability": r_U, "predicted": predicted_U}
         return self._plan(expert_U, r_U, context, aux)
+
+    def newest(self, logits_UN: Tensor, context: RoutingContext) -> Tensor | None:
+        """The newest generation that counts for each unit: that of its language, given or heard; None where all do."""
+        if self.training or len(self.parts) == 1:
+            return None
+        own_UK = logits_UN if self.kept_languages_K is None else logits_UN[:, self.kept_languages_K]
+        return self.generation_K[routed_language(own_UK.argmax(-1), context, self.routing, self.training)]
 
     def _gumbel_sample(self, scaled_UE: Tensor, generator: torch.Generator | None) -> Tensor | None:
         """A soft sample of the language in training with the reliability "gumbel", else None."""
@@ -127,19 +152,13 @@ class LanguageRouter(Router):
         noise_UE = -torch.log(-torch.log(uniform_UE.clamp(1e-9, 1 - 1e-7)))
         return (scaled_UE + noise_UE).softmax(-1)
 
-    def _reliability(
-        self, p_UA: Tensor, p_UE: Tensor, expert_U: Tensor, noisy_UE: Tensor | None, context: RoutingContext
-    ) -> Tensor:
+    def _reliability(self, p_UE: Tensor, expert_U: Tensor, noisy_UE: Tensor | None, context: RoutingContext) -> Tensor:
         if self.reliability in ("one", "zero"):
             return p_UE.new_full(expert_U.shape, float(self.reliability == "one"))
         if self.reliability == "sigmoid":
             if context.reliability_logits is None:
                 raise ValueError("the reliability 'sigmoid' needs reliability_logits in the context")
             return units_of(context, context.reliability_logits, "reliability_logits").to(p_UE.dtype).sigmoid()
-        if self.reliability == "entropy" and p_UA.shape[-1] > 1:
-            # A probability of zero has no entropy, but it must not have an infinite gradient either.
-            entropy_U = -(p_UA * p_UA.clamp(min=torch.finfo(p_UA.dtype).tiny).log()).sum(-1)
-            return 1 - entropy_U / math.log(p_UA.shape[-1])
         r_U = p_UE.gather(-1, expert_U[:, None]).squeeze(-1)
         if noisy_UE is None:
             return r_U
@@ -160,13 +179,13 @@ class LanguageRouter(Router):
         )
 
 
-def _expert_parts(experts: Sequence[int], parts: Sequence[int]) -> tuple[int, ...]:
-    """How many experts each generation of languages brought; one that brought none has no part."""
-    ends = [max(experts[: sum(parts[: index + 1])], default=-1) + 1 for index in range(len(parts))]
-    grown = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    if min(grown) < 0 or (len(grown) > 1 and set(experts[: parts[0]]) != set(range(grown[0]))):
-        raise ValueError(f"families must be numbered in the order in which they came, not {list(experts)}")
-    return tuple(count for count in grown if count)
+def _certainty(p_UE: Tensor) -> Tensor:
+    """The reliability "entropy" of each unit: 1 - H(p) / log E."""
+    if p_UE.shape[1] == 1:
+        return p_UE[:, 0]
+    # A probability of zero has no entropy, but it must not have an infinite gradient either.
+    entropy_U = -(p_UE * p_UE.clamp(min=torch.finfo(p_UE.dtype).tiny).log()).sum(-1)
+    return 1 - entropy_U / math.log(p_UE.shape[1])
 
 
 def check_routing(routing: str) -> None:
