@@ -12,6 +12,7 @@ from torch import Tensor
 from mole_asr.asr.checkpoint import Recogniser, load_model
 from mole_asr.asr.fine_tuning import FineTuning, choose_trained, fine_tuning_optimizer
 from mole_asr.asr.generations import guard, merge_generations, train_last_generation, wake
+from mole_asr.asr.gradients import gradient_norms
 from mole_asr.asr.grow import grow_model
 from mole_asr.asr.losses import losses
 from mole_asr.asr.model import EncoderConfig, MoleModel
@@ -191,6 +192,12 @@ class MoleTask(LightningModule):
         if self._trained:
             guard(self._trained, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Logs the norm of each expert's gradient, not yet clipped, in the steps that are logged."""
+        every = self.trainer.log_every_n_steps
+        if every and (self.global_step + 1) % every == 0:
+            self.log_dict({f"gradient/{name}": norm for name, norm in gradient_norms(self.model).items()})
 
     def configure_gradient_clipping(
         self,

@@ -57,3 +57,18 @@ def test_the_error_rate_is_a_mean_over_languages_of_errors_by_characters(
     rates = [task.logged[f"valid/cer_{code}"] for code in LANGUAGES]
     assert rates == pytest.approx([0.0, 100 * 2 / 8, 100.0])
     assert task.logged["valid/cer"] == pytest.approx(sum(rates) / 3)
+
+
+def test_the_experts_gradients_are_logged_with_the_other_figures(
+    task: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task.training_step(batch, 0).backward()
+    monkeypatch.setattr(task.trainer, "log_every_n_steps", 2)
+    task.on_before_optimizer_step(None)
+    assert not any(name.startswith("gradient/") for name in task.logged)
+    monkeypatch.setattr(task.trainer, "log_every_n_steps", 1)
+    task.on_before_optimizer_step(None)
+    assert {name for name in task.logged if name.startswith("gradient/")} == {
+        f"gradient/{name}" for name in (*LANGUAGES, "agnostic")
+    }
+    assert task.logged["gradient/agnostic"] > 0
