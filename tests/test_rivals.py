@@ -35,7 +35,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     shutil.copytree(RECIPE, folder, ignore=shutil.ignore_patterns("*.json", "__pycache__", "*.svg"))
     base = yaml.safe_load((folder / "base.yaml").read_text())
     base["model"]["encoder"] = TINY
-    base["trainer"] |= {"max_epochs": 1, "precision": "32-true", "accelerator": "cpu"}
+    base["trainer"] |= {"max_epochs": 1, "precision": "32-true", "accelerator": "cpu", "log_every_n_steps": 1}
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
     monkeypatch.syspath_prepend(str(folder))
     yield {name: importlib.import_module(name) for name in MODULES}
@@ -100,7 +100,13 @@ def test_the_whole_command(
     assert main([*words, *systems]) == 0
     assert (folder / "results.json").read_bytes() == before
     assert main(["--pictures"]) == 0
-    assert {path.name for path in folder.glob("*.svg")} == {"wer_by_hours.svg", "reliability.svg", "experts.svg"}
+    pictures = {"wer_by_hours.svg", "reliability.svg", "experts.svg", "gradients.svg"}
+    assert {path.name for path in folder.glob("*.svg")} == pictures == set(recipe["tables"].PICTURES)
+    assert "(gradients.svg)" not in table
+    assert main(["--table"]) == 0
+    assert all(f"]({name})" in (folder / "README.md").read_text() for name in pictures)
+    gradients = json.loads((folder / "details.json").read_text())["runs"]["prompts5-low/mole/0/test"]["gradients"]
+    assert set(gradients) == {*LANGUAGES, "agnostic"} and min(map(min, gradients.values())) > 0
 
 
 def test_a_new_test_set_needs_no_new_training(recipe: dict[str, ModuleType], data: Path, tmp_path: Path) -> None:
@@ -164,7 +170,7 @@ def test_differences_are_of_macro_rates_of_common_seeds(recipe: dict[str, Module
             results.add_run([row], "prompts5-test", utterances, found)
     extra = {"system": "mole", "condition": "prompts5-full", "seed": 2, "test_set": "test", "language": "all"}
     results.add_run([extra], "prompts5-test", utterances, {"word_errors": [10, 10, 10], "character_errors": [9, 9, 9]})
-    difference = recipe["tables"].compare(results, "prompts5-full", "mole", "dense")
+    difference = recipe["tables"].compare(results, "prompts5-full", "mole", "dense")["wer"]
     assert difference.value == pytest.approx(-(10 + 20) / 2)
     assert difference.interval[1] < 0
     assert recipe["tables"].compare(results, "prompts5-full", "dense", "dense") is None

@@ -24,13 +24,14 @@ _BINS = 20
 Curves = dict[str, list[tuple[int, float]]]
 
 
-def read_curves(logs: str | Path) -> Curves:
-    """Reads Lightning's CSV logs: (step, value) of every `train/` and `valid/` column.
+def read_curves(logs: str | Path, prefixes: tuple[str, ...] = ("train/", "valid/")) -> Curves:
+    """Reads Lightning's CSV logs: (step, value) of every column whose name begins with one of `prefixes`.
 
     A resumed run begins another `metrics.csv` in a folder of its own; where a later file begins, earlier ones end.
 
     Args:
         logs: a `metrics.csv`, or a folder that holds some at any depth.
+        prefixes: of the columns.
 
     Raises:
         MoleError: there is no such file, or it has no column `step`.
@@ -41,7 +42,7 @@ def read_curves(logs: str | Path) -> Curves:
         raise MoleError(f"{logs} holds no metrics.csv: give the folder of the training logs")
     curves: Curves = {}
     for file in files:
-        found = _read_metrics(file)
+        found = _read_metrics(file, prefixes)
         start = min((points[0][0] for points in found.values()), default=math.inf)
         curves = {name: [point for point in points if point[0] < start] for name, points in curves.items()}
         for name, points in found.items():
@@ -106,7 +107,7 @@ def draw_routing(routing: Routing) -> str:
     return _draw("routing", 1.2 + 0.3 * count, paint)
 
 
-def _read_metrics(file: Path) -> Curves:
+def _read_metrics(file: Path, prefixes: tuple[str, ...]) -> Curves:
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             table = list(csv.DictReader(stream))
@@ -118,7 +119,7 @@ def _read_metrics(file: Path) -> Curves:
     for row in table:
         for name, text in row.items():
             # Rows are sparse: a row holds what was logged at that moment. A run killed in mid-row leaves a short one.
-            if name and text and name.startswith(("train/", "valid/")) and math.isfinite(value := _float(text)):
+            if name and text and name.startswith(prefixes) and math.isfinite(value := _float(text)):
                 curves.setdefault(name, []).append((int(_float(row["step"])), value))
     return curves
 

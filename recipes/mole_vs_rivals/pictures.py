@@ -22,13 +22,13 @@ _RIGHT_WRONG = ["#2b8cbe", "#e6550d"]
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Writes `wer_by_hours.svg`, `reliability.svg` and `experts.svg`, as far as there are results for them."""
+    """Writes the pictures of README.md, as far as there are results for them."""
     measured = [name for name in CONDITIONS if results.select(condition=name, test_set="test")]
     if not measured:
         return
     _write(folder / "wer_by_hours.svg", _wer_by_hours(results, measured))
-    for name, figure in (("reliability", _reliability(results, measured)), ("experts", _experts(results, measured))):
-        if figure is not None:
+    for name, make in (("reliability", _reliability), ("experts", _experts), ("gradients", _gradients)):
+        if (figure := make(results, measured)) is not None:
             _write(folder / f"{name}.svg", figure)
 
 
@@ -107,6 +107,30 @@ def _experts(results: Results, conditions: list[str]) -> Figure | None:
         axes.set_yticks(range(len(serves)), list(serves))
         axes.set_xlabel("expert")
         axes.set_title(f"{system}, {condition}", fontsize=9)
+    return figure
+
+
+def _gradients(results: Results, conditions: list[str]) -> Figure | None:
+    """Norms of the gradients of MoLE's experts in each tenth of the training, the mean of all seeds."""
+    cells = [
+        (condition, norms)
+        for condition in conditions
+        if (norms := [run["gradients"] for run in _details(results, "mole", condition, "test") if run["gradients"]])
+    ]
+    if not cells:
+        return None
+    figure = Figure(figsize=(4.2 * len(cells), 3.2), layout="constrained")
+    for place, (condition, runs) in enumerate(cells, 1):
+        axes = figure.add_subplot(1, len(cells), place)
+        for name in runs[0]:
+            tenths = np.mean([run[name] for run in runs], axis=0)
+            colour, width = ("black", 2.5) if name == "agnostic" else (None, 1)
+            axes.plot(np.arange(1, len(tenths) + 1), tenths, color=colour, linewidth=width, label=name)
+        axes.set_yscale("log")
+        axes.set_xlabel("tenth of the training")
+        axes.set_ylabel("norm of the gradient")
+        axes.set_title(f"MoLE, {condition}", fontsize=10)
+        axes.legend(frameon=False, fontsize=7, ncols=2)
     return figure
 
 

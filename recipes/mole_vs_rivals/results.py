@@ -20,7 +20,7 @@ class Results(ResultFile):
         rows: of results.json: a row a test set and language, and one with the language "all".
         test_sets: name of the test set -> `ids_crc`, and `languages`, `words` and `characters` of its utterances.
         details: key of a test set's rows, joined by "/" -> `word_errors` and `character_errors` of its utterances,
-            histograms of the reliability and who computed what.
+            histograms of the reliability, and of the test split also who computed what and the experts' gradients.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ import yaml
 from measure import Heard, figures, gather, transcribe
 from plan import BASE, CONDITIONS, HERE, SYSTEMS, Condition, System
 from results import Results
-from training import train
+from training import gradient_norms, train
 
 from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.subset import thin
@@ -152,6 +152,8 @@ def run(setting: Setting, results: Results, source: str | None) -> None:
         rows, utterances, details = figures(manifests[test.name], hypothesis, heard)
         if test.name != "test":
             del details["serves"]
+        elif not system.monolingual:
+            details["gradients"] = gradient_norms(setting.folder)
         facts = _facts(setting, test.name, heard, seconds, len(parts))
         rows = [facts | row | {"train_hours": round(hours.get(row["language"], 0.0), 4)} for row in rows]
         results.add_run(rows, f"{condition.corpus}-{test.name}", utterances, details)

@@ -5,9 +5,12 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
+
 from mole_asr.asr.fit import fit
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
+from mole_asr.score.charts import read_curves
 
 
 def train(folder: Path, words: list[str], languages: list[str]) -> float:
@@ -41,6 +44,18 @@ def train(folder: Path, words: list[str], languages: list[str]) -> float:
         write_text(notes, json.dumps(state, indent=1) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return state["seconds"]
+
+
+def gradient_norms(folder: Path) -> dict[str, list[float]]:
+    """Norms of the gradients of each expert that a training logged: name -> means of each tenth of the training."""
+    if not any(folder.rglob("metrics.csv")):
+        return {}
+    curves = read_curves(folder, ("gradient/",))
+    tenths = {name: np.array_split([value for _, value in points], 10) for name, points in curves.items()}
+    return {
+        name.removeprefix("gradient/"): [float(f"{part.mean():.3g}") for part in parts if len(part)]
+        for name, parts in tenths.items()
+    }
 
 
 def _settings(words: list[str]) -> list[str]:
