@@ -1,13 +1,14 @@
-"""The thirteen-language corpus: thirteen hours of real speech, from English (4.3 h) down to Danish (four minutes).
+"""The thirteen-language corpus: twelve hours of real speech, from English (3.9 h) down to Danish (four minutes).
 
 Prompts, two spoken adventure games, a puzzle game, sentences read for a synthesizer, and names of pictures: six
 sources, one module each, which say where texts and recordings come from and under which licence. Every package is
 Debian's.
 
 `voices13_splits.tsv` names every utterance that is used, its speaker and its split; nothing else is used for anything.
-Texts that repeat or nearly repeat stay in one split. The Spanish, French and Russian volunteers of Tux Paint are the
-split `unseen`: they are never trained on, to measure how a model does with new speakers. Left out of the table were
-clips whose text and recording differ, as far as letters a second show it.
+Texts that repeat in a source stay in one split; across sources, three utterances of the test split (`six`, `why`, `it's
+locked`) and one of the split `unseen` (`dièse`) say what is trained on. The Spanish, French and Russian volunteers of
+Tux Paint are the split `unseen`: they are never trained on, to measure how a model does with new speakers. Left out of
+the table were clips whose text and recording differ, as far as letters a second show it.
 """
 
 from collections import Counter, defaultdict
