@@ -85,7 +85,7 @@ def _build(config: Any, languages: Any, tokenizer: TextTokenizer, folder: Path) 
             "use the tokenizer it was trained with"
         )
     if "pretrained" in config:
-        kind = next(kind for kind in ENCODERS if kind in config)
+        kind = next((kind for kind in ENCODERS if kind in config), "whisper")
         return PretrainedModel(
             _dataclass(PretrainedConfig, config["pretrained"], folder),
             _dataclass(ENCODERS[kind][0], config[kind], folder),

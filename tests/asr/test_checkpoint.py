@@ -118,6 +118,7 @@ def test_files_that_do_not_fit_each_other(
         ({**config, "encoder": {**config["encoder"], "kernel_size": 4}}, "kernel_size"),
         ({"format": config["format"], "encoder": config["encoder"]}, "vocab_size"),
         ({"format": config["format"], "vocab_size": config["vocab_size"]}, "encoder"),
+        ({"format": config["format"], "vocab_size": config["vocab_size"], "pretrained": {}}, "whisper"),
         ([1, 2], "config.json"),
         ({**config, "vocab_size": "many"}, "many"),
         ({**config, "encoder": {**config["encoder"], "d_model": "wide"}}, "config.json"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mole_asr.asr.pretrained import PretrainedConfig, from_checkpoint
 from mole_asr.asr.whisper import WhisperConfig, WhisperEncoder
 from mole_asr.asr.whisper_checkpoint import WhisperCheckpoint, load_whisper
 from mole_asr.asr.whisper_decoder import WhisperDecoder
@@ -375,6 +376,16 @@ def test_a_model_of_the_hub(
     check(load_whisper("owner/tiny"), whisper_model, features_BTF)
     shards = {path.name for path in tmp_path.glob("model-*.safetensors")}
     assert len(shards) > 1 and shards <= set(asked)
+
+
+def test_a_ctranslate2_model_of_the_hub(hub: Callable[[Path], list[str]], ctranslate2_folder: Path) -> None:
+    (ctranslate2_folder / "config.json").write_text('{"alignment_heads": [[0, 1]], "suppress_ids": []}')
+    hub(ctranslate2_folder)
+    config = PretrainedConfig(checkpoint="owner/tiny", num_mole_blocks=1, language_tokenizer_block=1)
+    model = from_checkpoint(config, ["de", "en"], 10)
+    wanted = load_whisper(ctranslate2_folder).encoder["blocks.0.attention.output.weight"]
+    assert model.attention_head is not None
+    assert torch.equal(model.state_dict()["encoder.blocks.0.attention.output.weight"], wanted)
 
 
 def test_a_hub_that_does_not_answer(hub: Callable[[Path], list[str]], whisper_folder: Path, tmp_path: Path) -> None:
