@@ -13,7 +13,7 @@ from mole_asr.errors import MoleError
 
 # The signs of all tokens stay where the pretraining put them: a small corpus uses few of them.
 _EMBEDDING = "attention_head.decoder.embedding."
-_NEW = re.compile(r"(mixture|ctc)\.")
+_NEW = re.compile(r"(mixture|ctc)\.|encoder\.blocks\.\d+\.feed_forward\.moe\.router\.")
 _STEM = "encoder.stem."
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
@@ -26,7 +26,7 @@ class FineTuning:
         lr: of the pretrained parts at the top of the encoder, and of its decoder.
         layer_decay: each encoder block below learns by this factor more slowly (ULMFiT, Howard & Ruder, 2018).
         frozen_blocks: encoder blocks, from the bottom, that are never trained, and with them the stem.
-        new_lr: of the parts that start from nothing: CTC head, language tokenizer.
+        new_lr: of the parts that start from nothing: CTC head, language tokenizer, routers.
         new_parts_share: share of all steps, at the beginning, in which only these are trained.
         weight_decay: decoupled, of all matrices.
         warmup_share: share of all steps in which a part's learning rate rises, from where its training begins.
@@ -55,12 +55,12 @@ class FineTuning:
         """
         if is_new(name):
             return self.new_lr
-        block = int(found[1]) if (found := _BLOCK.match(name)) else num_blocks
-        below = num_blocks if name.startswith(_STEM) else num_blocks - 1 - block if found else 0
-        if name.startswith(_EMBEDDING):
+        found = _BLOCK.match(name)
+        block = int(found[1]) if found else -1 if name.startswith(_STEM) else None
+        is_frozen = block is not None and max(block, 0) < self.frozen_blocks
+        if is_frozen or name.startswith(_EMBEDDING):
             return 0.0
-        is_frozen = self.frozen_blocks > 0 and (name.startswith(_STEM) or block < self.frozen_blocks)
-        return 0.0 if is_frozen else self.lr * self.layer_decay**below
+        return self.lr * self.layer_decay ** (0 if block is None else num_blocks - 1 - block)
 
     def scale(self, step: int, steps: int, new: bool) -> float:
         """Learning rate of a step over the configured one: warm-up, then a straight line to zero at the last step."""

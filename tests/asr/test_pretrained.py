@@ -172,7 +172,12 @@ def test_learning_rates_fall_from_the_top() -> None:
     config = FineTuning(lr=1.0, layer_decay=0.5, new_lr=7.0)
     names = ["ctc.linear.weight", "encoder.norm.weight", "encoder.blocks.2.x", "encoder.blocks.0.x", "encoder.stem.x"]
     assert [config.rate(name, 3) for name in names] == [7.0, 1.0, 1.0, 0.25, 0.125]
-    assert FineTuning(frozen_blocks=1).rate("encoder.stem.first.weight", 3) == 0
+    assert config.rate("encoder.blocks.2.feed_forward.moe.router.scores.weight", 3) == 7.0, "starts from nothing"
+    frozen = FineTuning(frozen_blocks=1, layer_decay=1.0)
+    names = [*names, "attention_head.decoder.norm.weight", "attention_head.decoder.embedding.weight"]
+    assert [frozen.rate(name, 3) > 0 for name in names] == [True, True, True, False, False, True, False]
+    assert FineTuning(frozen_blocks=99).rate("attention_head.decoder.norm.weight", 3) > 0, "no encoder block"
+    assert FineTuning().rate("encoder.stem.first.weight", 3) > 0
     assert [config.scale(step, 100, new=False) > 0 for step in (9, 10)] == [False, True]
 
 
