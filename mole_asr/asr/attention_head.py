@@ -39,8 +39,7 @@ class AttentionHead(nn.Module):
 
     def set_languages(self, languages: Sequence[str]) -> None:
         """Says which languages the ids stand for."""
-        known = self.tokenizer.language_ids
-        self.prompts = [self.tokenizer.prompt(code if code in known else None) for code in languages]
+        self.prompts = [self.tokenizer.prompt(code) for code in languages]
 
     def loss(
         self, memory_BTD: Tensor, lengths_B: Tensor, texts: Sequence[str], languages_B: Tensor, smoothing: float = 0.1

@@ -11,6 +11,7 @@ from mole_asr.files import write_text
 
 FILE_NAME = "tokenizer.json"
 _START, _END, _TRANSCRIBE, _NO_TIMES = "<|startoftranscript|>", "<|endoftext|>", "<|transcribe|>", "<|notimestamps|>"
+_ITS_CODES = {"jv": "jw", "nb": "no"}  # what Whisper writes for ISO 639-1 codes
 _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 
 
@@ -90,9 +91,12 @@ class WhisperTokenizer:
         """What the decoder reads first.
 
         Args:
-            language: code; None, or a language that Whisper does not know, leaves it out.
+            language: code, of which only what stands before the first hyphen is looked at (`pt-BR`); None, or a
+                language that Whisper does not know, leaves it out.
         """
-        known = [self.language_ids[language]] if language in self.language_ids else []
+        base = (language or "").partition("-")[0]
+        code = _ITS_CODES.get(base, base)
+        known = [self.language_ids[code]] if code in self.language_ids else []
         return [self._start_id, *known, *self._behind_language]
 
     def save(self, folder: str | Path) -> None:

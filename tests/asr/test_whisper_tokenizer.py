@@ -33,7 +33,14 @@ def test_a_text_starts_with_a_space_and_an_empty_one_has_no_tokens(tokenizer: Wh
 def test_a_prompt_names_the_language_where_it_is_known(tokenizer: WhisperTokenizer) -> None:
     assert (tokenizer.end_id, tokenizer.language_ids) == (262, {"en": 264, "de": 265, "fr": 266, "haw": 267})
     assert tokenizer.prompt("de") == [263, 265, 269, 271]
-    assert tokenizer.prompt(None) == tokenizer.prompt("xx") == [263, 269, 271]
+    assert tokenizer.prompt(None) == tokenizer.prompt("xx") == tokenizer.prompt("") == [263, 269, 271]
+    assert tokenizer.prompt("de-AT") == tokenizer.prompt("de")
+
+
+def test_whispers_own_codes(whisper_tokenizer_json: str) -> None:
+    text = whisper_tokenizer_json.replace("<|haw|>", "<|jw|>").replace("<|fr|>", "<|no|>")
+    tokenizer = WhisperTokenizer.from_text(text)
+    assert [tokenizer.prompt(code)[1] for code in ("jv", "nb", "no")] == [267, 266, 266]
 
 
 def test_special_tokens_and_times_are_not_text(tokenizer: WhisperTokenizer) -> None:
