@@ -104,15 +104,19 @@ def test_later_languages_change_no_plan_of_the_old(
 
 
 @pytest.mark.parametrize(("families", "kept", "left"), [(None, [1, 3], [1, 3]), ([0, 1, 0, 2], [2, 3], [0, 2])])
+@pytest.mark.parametrize("parts", [None, (2, 2)])
 def test_kept_languages_are_routed_with_the_same_reliability(
-    families: list[int] | None, kept: list[int], left: list[int]
+    families: list[int] | None, kept: list[int], left: list[int], parts: tuple[int, int] | None
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     logits_BN = 3 * torch.randn(200, 4, generator=generator)
-    whole, part = LanguageRouter(4, families=families), LanguageRouter(4, families=families, kept=kept)
+    whole = LanguageRouter(4, families=families, parts=parts).eval()
+    part = LanguageRouter(4, families=families, parts=parts, kept=kept).eval()
     before, after = whole(None, context(logits_BN)), part(None, context(logits_BN))
     assert part.num_experts == after.num_experts == len(left)
     is_left_B = torch.isin(before.expert_ids[:, 0], torch.tensor(left))
+    if parts is not None:  # a generation is that of the language, whoever else its expert serves
+        is_left_B &= torch.isin(logits_BN.argmax(1), torch.tensor(kept))
     assert 0 < is_left_B.sum() < 200
     assert torch.equal(torch.tensor(left)[after.expert_ids[:, 0].long()][is_left_B], before.expert_ids[is_left_B, 0])
     assert torch.equal(after.gates[is_left_B], before.gates[is_left_B])
