@@ -1,0 +1,29 @@
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+
+from mole_asr.files import atomic_path, write_text
+
+
+def test_two_threads_may_write_the_same_file(tmp_path: Path) -> None:
+    together = Barrier(2)
+
+    def write(text: str) -> None:
+        with atomic_path(tmp_path / "a.txt") as temporary:
+            temporary.write_text(text)
+            together.wait(timeout=10)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ["one", "two"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() in ("one", "two")
+
+
+def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "deep" / "a.txt", "old")
+    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "deep" / "a.txt") as temporary:
+        temporary.write_text("new")
+        raise ZeroDivisionError
+    assert [path.read_text() for path in (tmp_path / "deep").iterdir()] == ["old"]
