@@ -1,6 +1,6 @@
 """The `bench routing` verb: which expert of a trained model computes which language, as a table and a picture.
 
-Letters: L spoken languages, E experts (both are the model's languages), S samples.
+Letters: L spoken languages (those of the model), E experts, S samples.
 """
 
 import io
@@ -25,13 +25,15 @@ class RoutingLoads:
     """Frames of each language that each expert computed, where the language is decided an utterance or a frame.
 
     Attributes:
-        languages: of the model; language n has expert n.
+        languages: of the model.
+        experts: their names: those of the languages, or of the families that share them.
         loads_LE: unit -> float32 [L, E] frames; rows are true languages.
         reliability: unit -> mean r over frames.
         failures: (id, reason) of each utterance that was skipped.
     """
 
     languages: list[str]
+    experts: list[str]
     loads_LE: dict[str, "Tensor"]
     reliability: dict[str, float]
     failures: list[tuple[str, str]] = field(default_factory=list)
@@ -42,7 +44,7 @@ class RoutingLoads:
         lines = []
         for unit, loads_LE in self.loads_LE.items():
             lines.append(f"decided by {unit}: share of a language's frames (%) that each expert computes")
-            lines.append("spoken  " + "".join(f"{code:>8}" for code in self.languages) + "   frames")
+            lines.append("spoken  " + "".join(f"{name:>8}" for name in self.experts) + "   frames")
             for code, load_E in zip(self.languages, loads_LE, strict=True):
                 shares = "".join(f"{100 * load / max(float(load_E.sum()), 1):8.1f}" for load in load_E.tolist())
                 lines.append(f"{code:<8}{shares}{int(load_E.sum()):9d}")
@@ -61,7 +63,8 @@ def routing(model: str, manifest: str, output: str | None = None) -> RoutingLoad
         output: picture to write (.svg): a heat map a unit of decision; left out, there is only the table.
 
     Raises:
-        MoleError: the model or the manifest cannot be read, or no utterance has a language that the model knows.
+        MoleError: the model or the manifest cannot be read, the model was pruned or its experts are not chosen by
+            language, or no utterance has a language that the model knows.
     """
     from mole_asr.asr.checkpoint import load_model
     from mole_asr.corpus.manifest import Manifest
@@ -69,6 +72,10 @@ def routing(model: str, manifest: str, output: str | None = None) -> RoutingLoad
     if output is not None and not output.endswith(".svg"):
         raise MoleError(f"{output}: the picture is written as .svg; give such a name")
     recogniser, _ = load_model(model)
+    if recogniser.mixture.config.mixture != "language":
+        raise MoleError(f"{model}: no language chooses its experts; give a model with the mixture 'language'")
+    if recogniser.mixture.kept is not None:
+        raise MoleError(f"{model}: was pruned; give the model that it was made of")
     loads = _count(recogniser, Manifest(manifest))
     if output is not None:
         write_text(Path(output), _draw(loads))
@@ -80,8 +87,8 @@ def _count(recogniser: "Recogniser", manifest: "Manifest") -> RoutingLoads:
 
     from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
 
-    size = len(recogniser.languages)
-    loads_LE = {unit: torch.zeros(size, size) for unit in UNITS}
+    experts = recogniser.mixture.expert_names
+    loads_LE = {unit: torch.zeros(len(recogniser.languages), len(experts)) for unit in UNITS}
     reliability = dict.fromkeys(UNITS, 0.0)
     failures = []
     for row in range(len(manifest)):
@@ -90,11 +97,12 @@ def _count(recogniser: "Recogniser", manifest: "Manifest") -> RoutingLoads:
             continue
         try:
             audio_S = read_audio(utterance.audio_path, SAMPLING_RATE_HZ, utterance.start_s, utterance.duration_s)
+            found = _route(recogniser, torch.from_numpy(audio_S))
         except (MoleError, OSError) as error:
             failures.append((utterance.id, f"{utterance.id}: {error}"))
             continue
         spoken = recogniser.languages.index(utterance.language)
-        for unit, (loads_E, total) in _route(recogniser, torch.from_numpy(audio_S)).items():
+        for unit, (loads_E, total) in found.items():
             loads_LE[unit][spoken] += loads_E
             reliability[unit] += total
     frames = float(loads_LE["frame"].sum())
@@ -102,7 +110,7 @@ def _count(recogniser: "Recogniser", manifest: "Manifest") -> RoutingLoads:
         known = ", ".join(recogniser.languages)
         raise MoleError(f"{manifest.path}: no readable utterance in a language of the model ({known})")
     mean = {unit: total / frames for unit, total in reliability.items()}
-    return RoutingLoads(recogniser.languages, loads_LE, mean, failures)
+    return RoutingLoads(recogniser.languages, experts, loads_LE, mean, failures)
 
 
 def _route(recogniser: "Recogniser", audio_S: "Tensor") -> dict[str, tuple["Tensor", float]]:
@@ -142,9 +150,8 @@ def _draw(loads: RoutingLoads) -> str:
             image = axes.imshow(shares_LE, vmin=0, vmax=100, cmap="Blues")
             for (spoken, expert), share in np.ndenumerate(shares_LE):
                 axes.text(expert, spoken, f"{share:.0f}", ha="center", va="center", color="w" if share > 60 else "k")
-            ticks = range(len(loads.languages))
-            axes.set_xticks(ticks, loads.languages)
-            axes.set_yticks(ticks, loads.languages)
+            axes.set_xticks(range(len(loads.experts)), loads.experts)
+            axes.set_yticks(range(len(loads.languages)), loads.languages)
             axes.set_xlabel("expert")
             axes.set_ylabel("spoken")
             axes.set_title(f"decided by {unit}: purity {float(purity(loads_LE)):.3f}", fontsize=10)

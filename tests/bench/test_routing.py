@@ -9,6 +9,7 @@ import torch
 
 from mole_asr.asr.checkpoint import save_model
 from mole_asr.asr.model import EncoderConfig, MoleModel
+from mole_asr.asr.prune import prune
 from mole_asr.bench.routing import UNITS, routing
 from mole_asr.cli import main
 from mole_asr.corpus.manifest import Utterance, write_manifest
@@ -37,8 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(folder / "cuts.jsonl", folder / "tokenizer", vocab_size=20, byte_fallback=False, model_type="char")
     tokenizer = TextTokenizer(folder / "tokenizer")
     torch.manual_seed(0)
-    config = EncoderConfig(d_model=16, d_ff=24, num_heads=2, kernel_size=3, num_mels=20)
-    save_model(MoleModel(config, LANGUAGES, tokenizer.vocab_size), tokenizer, folder / "model")
+    for name, changes in {"model": {}, "family": {"expert_of": "family"}, "switch": {"mixture": "switch"}}.items():
+        config = EncoderConfig(d_model=16, d_ff=24, num_heads=2, kernel_size=3, num_mels=20, **changes)
+        save_model(MoleModel(config, LANGUAGES, tokenizer.vocab_size), tokenizer, folder / name)
     return folder
 
 
@@ -60,6 +62,18 @@ def test_the_picture_is_whole_or_not_there(folder: Path, tmp_path: Path) -> None
     assert picture.read_text(encoding="utf-8").rstrip().endswith("</svg>")
     with pytest.raises(MoleError, match=r"a\.png: the picture is written as \.svg"):
         routing(str(folder / "model"), str(folder / "cuts.jsonl"), "a.png")
+
+
+def test_experts_that_languages_share_or_do_not_choose(folder: Path, tmp_path: Path) -> None:
+    cuts, picture = str(folder / "cuts.jsonl"), tmp_path / "family.svg"
+    found = routing(str(folder / "family"), cuts, str(picture))
+    assert found.experts == ["gem"] and all(loads_LE.shape == (2, 1) for loads_LE in found.loads_LE.values())
+    assert ">gem<" in picture.read_text(encoding="utf-8")
+    with pytest.raises(MoleError, match="no language chooses its experts"):
+        routing(str(folder / "switch"), cuts)
+    prune(str(folder / "model"), str(tmp_path / "pruned"), languages=["de"])
+    with pytest.raises(MoleError, match="was pruned"):
+        routing(str(tmp_path / "pruned"), cuts)
 
 
 def test_a_missing_recording_is_skipped_and_reported(folder: Path, tmp_path: Path) -> None:
