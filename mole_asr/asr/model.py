@@ -3,6 +3,7 @@
 Letters: B batch, S samples, T frames, F mel bins, D model width, V vocabulary, N languages.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -137,6 +138,7 @@ class MoleModel(nn.Module):
     """
 
     attention_head: AttentionHead | None = None  # `PretrainedModel` has one
+    max_seconds = math.inf  # Whisper's positions end somewhere
 
     def __init__(self, config: EncoderConfig, languages: list[str], vocab_size: int) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ pretrained one computed. A fresh CTC head, and for Whisper its own text decoder 
 Letters: B batch, S samples, T frames, D model width, V vocabulary, N packed frames.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -121,8 +122,11 @@ class PretrainedModel(nn.Module):
         self.sizes, self.whisper_tokenizer = sizes, tokenizer
         self.languages, self.vocab_size = list(languages), vocab_size
         self.kind, module = next((kind, module) for kind, (s, module) in ENCODERS.items() if isinstance(sizes, s))
-        # The other encoders take waveforms.
-        self.features = WhisperFeatures(sizes.num_mels) if isinstance(sizes, WhisperConfig) else None
+        # The other encoders take waveforms, of any length.
+        self.features, self.max_seconds = None, math.inf
+        if isinstance(sizes, WhisperConfig):
+            self.features = WhisperFeatures(sizes.num_mels)
+            self.max_seconds = sizes.max_frames * self.frame_shift_s
         self.feature_augment: nn.Module | None = None
         self.encoder: PretrainedEncoder = module(sizes)
         self.mixture = ExpertMixture(config, self.languages, sizes.d_model)

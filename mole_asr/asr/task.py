@@ -1,5 +1,6 @@
 """The Lightning task: one weighted sum of named losses, optimizer and schedule, validation by error rate."""
 
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,20 @@ class MoleTask(LightningModule):
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
         self.log("train/mean_reliability", output.reliability_B.detach().mean(), batch_size=len(batch))
         return total
+
+    def on_fit_start(self) -> None:
+        """Refuses data that may have an utterance too long for the model: it would end the run in the middle.
+
+        Raises:
+            MoleError: see above.
+        """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        stretch, limit_s = data.augment.longest_stretch if data.augment else 1.0, self.model.max_seconds
+        if data.max_seconds * stretch > limit_s + 1e-6:
+            raise MoleError(
+                f"data.max_seconds: {data.max_seconds:g}, but the model hears {limit_s:g} s, and changes of speed "
+                f"make an utterance {stretch:.2f} times as long; give at most {math.floor(limit_s / stretch + 1e-6)}"
+            )
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         """Chooses the parts of a pretrained model that this step trains."""

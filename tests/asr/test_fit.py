@@ -153,10 +153,11 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_as_an_uninterrupted_one(
     assert not different
 
 
-def test_fine_tuning_killed_in_both_stages_ends_as_an_uninterrupted_one(
-    command: Callable[..., list[str]], watch: Watch, tmp_path: Path, whisper_folder: Path
-) -> None:
-    def words(output: str) -> list[str]:
+@pytest.fixture
+def on_whisper(command: Callable[..., list[str]], whisper_folder: Path) -> Callable[..., list[str]]:
+    """The words of a `fit` that fine-tunes a tiny Whisper."""
+
+    def words(**changes: Any) -> list[str]:
         own = {
             "pretrained.checkpoint": whisper_folder,
             "pretrained.num_mole_blocks": 1,
@@ -164,9 +165,17 @@ def test_fine_tuning_killed_in_both_stages_ends_as_an_uninterrupted_one(
             "fine_tuning.new_parts_share": 0.3,
             "fine_tuning.new_lr": 0.01,
         }
-        rest = command(output=tmp_path / output, trainer__gradient_clip_val=1.0, **AUGMENT)
-        rest = [word for word in rest if not word.startswith("--model.encoder")]
+        rest = [word for word in command(**AUGMENT, **changes) if not word.startswith("--model.encoder")]
         return [*rest, *(f"--model.{key}={value}" for key, value in own.items())]
+
+    return words
+
+
+def test_fine_tuning_killed_in_both_stages_ends_as_an_uninterrupted_one(
+    on_whisper: Callable[..., list[str]], watch: Watch, tmp_path: Path
+) -> None:
+    def words(output: str) -> list[str]:
+        return on_whisper(output=tmp_path / output, trainer__gradient_clip_val=1.0)
 
     fit(words("whole"))
     steps, watch.rows = len(watch.rows), []
@@ -179,6 +188,11 @@ def test_fine_tuning_killed_in_both_stages_ends_as_an_uninterrupted_one(
     fit(words("parts"))
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert not [name for name in expected if not torch.equal(expected[name], found[name])]
+
+
+def test_utterances_that_whisper_cannot_hold_are_refused_before_the_run(on_whisper: Callable[..., list[str]]) -> None:
+    message = refused(on_whisper(data__max_seconds=28))
+    assert message.startswith("data.max_seconds: 28, but the model hears 30 s") and message.endswith("at most 27")
 
 
 @pytest.mark.parametrize(("algorithm", "clipped"), [(None, [0.6, 0.8]), ("norm", [0.6, 0.8]), ("value", [1.0, 1.0])])
