@@ -87,3 +87,23 @@ def test_the_whole_command(recipe: ModuleType, data: Path, tmp_path: Path, whisp
 def test_the_whisper_must_be_named(recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert recipe.main(["--results", str(tmp_path), "--runs", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("run.py: --whisper: name the folder")
+
+
+def test_who_was_told_the_language_has_identified_none(recipe: ModuleType, data: Path, tmp_path: Path) -> None:
+    for system in ("whisper-int8-given", "whisper-int8-detected"):  # as if the peer had been there
+        for name, part in recipe.HEARD.items():
+            table = recipe.Manifest(data / f"cuts_{part.split}.jsonl")
+            heard = [table[row] for row in range(len(table))][:: part.every]
+            lines = [json.dumps({"id": u.id, "text": "ab", "language": u.language, "reliability": 1}) for u in heard]
+            path = tmp_path / "runs/heard" / system / f"{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines) + "\n")
+    words = ["--whisper", "none", "--models", "--peers", "whisper-int8-given", "whisper-int8-detected"]
+    places = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    assert recipe.main([*words, *places]) == 0
+    for row in json.loads((tmp_path / "results.json").read_text()):
+        told = row["system"] == "whisper-int8-given"
+        assert (row["wer"], row["language_id_accuracy"], row["ece"]) == (
+            50.0,
+            *((None, None) if told else (100.0, 0.0)),
+        )
