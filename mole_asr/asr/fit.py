@@ -82,7 +82,9 @@ class ExportModel(Callback):
         if pl_module.freeze_old:
             temper(pl_module.model, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            save_ngrams({**pl_module.old_ngrams, **_count_ngrams(trainer)}, self.folder / NGRAM_FILE)
+            old, new = pl_module.old_ngrams, _count_ngrams(trainer)
+            # What is frozen keeps its n-grams too: there may be a few old utterances among the new ones.
+            save_ngrams({**new, **old} if pl_module.freeze_old else {**old, **new}, self.folder / NGRAM_FILE)
             save_model(pl_module.model, pl_module.text_tokenizer, self.folder)
             print(f"model written to {self.folder}", file=sys.stderr)
 

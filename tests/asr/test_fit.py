@@ -408,11 +408,11 @@ def test_a_trained_model_grows_to_a_new_language(
 def test_a_new_language_is_trained_alone(
     command: Callable[..., list[str]], tones: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    """Recordings of the new language only; an interrupted run, averages and clipping included."""
+    """Recordings of the new language and one of an old one; an interrupted run, averages and clipping included."""
     fit(command(output=tmp_path / "old"))
     manifest = Manifest(tones / "train.jsonl")
     dutch = [replace(manifest[row], language="nl", text=manifest[row].text.replace("a", "x")) for row in range(8)]
-    write_manifest(dutch, tmp_path / "dutch.jsonl")
+    write_manifest([*dutch, manifest[8]], tmp_path / "dutch.jsonl")
     extend_tokenizer(tokenizer_folder, tmp_path / "dutch.jsonl", tmp_path / "wider", extra_pieces=1)
     extend(
         str(tmp_path / "old" / "model"),
@@ -444,8 +444,12 @@ def test_a_new_language_is_trained_alone(
             assert (added != -1e4).all(), "awake"
             new = new.narrow(dim, 0, old.shape[dim])
         assert torch.equal(new, old), name
-    ngrams = load_ngrams(tmp_path / "new" / "model" / NGRAM_FILE, TextTokenizer(tmp_path / "wider").vocab_size)
+    V = TextTokenizer(tokenizer_folder).vocab_size
+    old_ngrams = load_ngrams(tmp_path / "old" / "model" / NGRAM_FILE, V)
+    ngrams = load_ngrams(tmp_path / "new" / "model" / NGRAM_FILE, V + 1)
     assert set(ngrams) == {"de", "en", "nl"}
+    for code in ("de", "en"):
+        assert np.array_equal(ngrams[code].log_probs([1])[[*range(V), V + 1]], old_ngrams[code].log_probs([1]))
     with pytest.raises(MoleError, match="nothing old"):
         fit([*command(output=tmp_path / "third"), "--model.freeze_old=true"])
 
