@@ -34,9 +34,11 @@ VERBS = {
     "prepare synthetic": Verb("mole_asr.data_prep.synthetic:prepare", "train texts read by synthetic voices"),
     "tokenizer train": Verb("mole_asr.corpus.text_tokenizer:train_tokenizer", "train a text tokenizer on a manifest"),
     "tokenizer extend": Verb("mole_asr.corpus.text_tokenizer:extend_tokenizer", "add the pieces of a new language"),
-    "fit": Verb("mole_asr.asr.fit:fit", "train a model, or go on with an interrupted training"),
+    "fit": Verb("mole_asr.fit:fit", "train a model, or go on with an interrupted training"),
     "extend": Verb("mole_asr.asr.extend:extend", "make room for new languages in a trained model"),
     "prune": Verb("mole_asr.asr.prune:prune", "a smaller model of some of the languages"),
+    "generate": Verb("mole_asr.text.generate:generate", "text that a language model writes on behind a prompt"),
+    "perplexity": Verb("mole_asr.text.perplexity:perplexity", "bits a byte of texts by a language model"),
     "transcribe": Verb(
         "mole_asr.transcribe.command:transcribe", "audio files, folders, manifests to text", "files", prints=False
     ),
@@ -54,7 +56,7 @@ VERBS = {
 
 
 # What `fit` itself cannot spell; its other options are Lightning's.
-_FIT = {"--data.languages": Sequence[str]}
+_FIT = {"--data.languages": Sequence[str], "--data.major_languages": Sequence[str]}
 _TRUTH_VALUES = ("true", "false", "yes", "no")
 
 

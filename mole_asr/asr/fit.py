@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -62,7 +62,7 @@ class AverageWeights(WeightAveraging):
 
 
 class ExportModel(Callback):
-    """Writes the model folder at the end of the training: the averaged weights, and n-grams of the training texts.
+    """Writes the model folder at the end of the training, with the averaged weights.
 
     Args:
         folder: to write.
@@ -75,18 +75,38 @@ class ExportModel(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports from rank 0."""
-        assert isinstance(pl_module, MoleTask)
         if self.average is not None:
             # Once more: Lightning does not do it when a complete run is started again.
             self.average.on_train_end(trainer, pl_module)
-        if pl_module.freeze_old:
-            temper(pl_module.model, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+        self.finish(trainer, pl_module)
         if trainer.is_global_zero:
-            old, new = pl_module.old_ngrams, _count_ngrams(trainer)
-            # What is frozen keeps its n-grams too: there may be a few old utterances among the new ones.
-            save_ngrams({**new, **old} if pl_module.freeze_old else {**old, **new}, self.folder / NGRAM_FILE)
-            save_model(pl_module.model, pl_module.text_tokenizer, self.folder)
+            self.save(trainer, pl_module)
             print(f"model written to {self.folder}", file=sys.stderr)
+
+    def finish(self, trainer: Trainer, task: LightningModule) -> None:
+        """What all ranks do before."""
+
+    def save(self, trainer: Trainer, task: LightningModule) -> None:
+        """Writes the folder."""
+        raise NotImplementedError
+
+
+class ExportRecogniser(ExportModel):
+    """Writes a recogniser, and n-grams of the training texts."""
+
+    def finish(self, trainer: Trainer, task: LightningModule) -> None:
+        """Gives a new language its threshold."""
+        assert isinstance(task, MoleTask)
+        if task.freeze_old:
+            temper(task.model, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+
+    def save(self, trainer: Trainer, task: LightningModule) -> None:
+        """Writes the folder."""
+        assert isinstance(task, MoleTask)
+        old, new = task.old_ngrams, _count_ngrams(trainer)
+        # What is frozen keeps its n-grams too: there may be a few old utterances among the new ones.
+        save_ngrams({**new, **old} if task.freeze_old else {**old, **new}, self.folder / NGRAM_FILE)
+        save_model(task.model, task.text_tokenizer, self.folder)
 
 
 def _count_ngrams(trainer: Trainer) -> dict[str, TokenNgram]:
@@ -101,10 +121,22 @@ def _count_ngrams(trainer: Trainer) -> dict[str, TokenNgram]:
 
 
 class MoleCLI(LightningCLI):
-    """LightningCLI with one more key, `output`: everything of a run goes there, and a run found there goes on."""
+    """LightningCLI with one more key, `output`: everything of a run goes there, and a run found there goes on.
+
+    This one trains recognisers; a subclass says what is linked and exported for other models.
+
+    Attributes:
+        export: the callback that writes the model folder.
+        links: keys of the data that the model takes.
+        late_links: those of them that are known when the data are read.
+    """
+
+    export: type[ExportModel] = ExportRecogniser
+    links: tuple[str, ...] = ("tokenizer", "seed")
+    late_links: tuple[str, ...] = ("languages",)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `output` and `average_decay`, and lets the model take tokenizer, languages and seed from the data."""
+        """Adds `output` and `average_decay`, and lets the model take what it shares with the data."""
         parser.add_argument(
             "--output", type=str, required=True, help="Folder of the run; an interrupted run found there goes on."
         )
@@ -114,9 +146,10 @@ class MoleCLI(LightningCLI):
             default=0.98,
             help="Decay of the weight average, updated every 5 steps; validation and export take it; 0: no average.",
         )
-        parser.link_arguments("data.tokenizer", "model.tokenizer")
-        parser.link_arguments("data.seed", "model.seed")
-        parser.link_arguments("data.languages", "model.languages", apply_on="instantiate")
+        for key in self.links:
+            parser.link_arguments(f"data.{key}", f"model.{key}")
+        for key in self.late_links:
+            parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the command line; instead of all options, it prints the one that is wrong.
@@ -139,7 +172,7 @@ class MoleCLI(LightningCLI):
         callbacks: list[Callback] = [
             *([average] if average else []),
             LearningRateMonitor("step"),
-            ExportModel(output / MODEL_FOLDER, average),
+            self.export(output / MODEL_FOLDER, average),
             # At the end of an epoch too, so that a complete run is not trained further when it is started again.
             _last_checkpoint(output, every_n_train_steps=CHECKPOINT_EVERY_STEPS),
             _last_checkpoint(output, every_n_epochs=1, save_on_train_epoch_end=True),
@@ -174,7 +207,7 @@ def _explain_trainer(message: str) -> str:
     return " ".join(message.split())
 
 
-def _find_config(word: str) -> str:
+def find_config(word: str) -> str:
     """A config that is not here is taken from the installed package: `conf/asr/prompts5.yaml` works in any folder."""
     name = word.removeprefix("--config=")
     packaged = files("mole_asr.conf").joinpath(name.removeprefix("conf/"))
@@ -204,15 +237,20 @@ def fit(arguments: list[str]) -> None:
         MoleError: the data cannot be trained on, or they or the sizes of the model do not fit the run to resume.
         KeyboardInterrupt: after Ctrl-C; the same command goes on from the last checkpoint.
     """
+    run(MoleCLI, MoleTask, SpeechDataModule, arguments)
+
+
+def run(cli: type[MoleCLI], task: type[LightningModule], data: type[LightningDataModule], arguments: list[str]) -> None:
+    """Trains with this command line, task and data; see `fit`."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # below are devices and advertisements
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message)
         try:
-            MoleCLI(
-                MoleTask,
-                SpeechDataModule,
-                args=["fit", "--ckpt_path=last", "--weights_only=true", *map(_find_config, arguments)],
+            cli(
+                task,
+                data,
+                args=["fit", "--ckpt_path=last", "--weights_only=true", *map(find_config, arguments)],
                 save_config_kwargs={"overwrite": True},
                 seed_everything_default=False,
                 auto_configure_optimizers=False,

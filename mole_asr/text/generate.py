@@ -1,0 +1,70 @@
+"""The `generate` verb: text that a language model writes on."""
+
+import torch
+
+from mole_asr.errors import MoleError
+from mole_asr.text.checkpoint import LanguageModel, load_text_model
+from mole_asr.text.model import KeyValueCache
+
+
+def generate(
+    model: str, prompt: str, tokens: int = 200, temperature: float = 0.8, top_k: int = 40, seed: int = 0
+) -> str:
+    """Writes on behind a prompt.
+
+    Args:
+        model: folder of a trained language model.
+        prompt: text to go on from; may be empty.
+        tokens: how many to write; a line break ends a sentence, and the next one follows.
+        temperature: of the choice; 0 takes the likeliest token.
+        top_k: only so many likeliest tokens are drawn from.
+        seed: of the choice.
+
+    Returns:
+        The prompt and what follows.
+
+    Raises:
+        MoleError: the model cannot be read, is an encoder, or a number is out of range.
+    """
+    for name, value, least in (("tokens", tokens, 0), ("temperature", temperature, 0), ("top_k", top_k, 1)):
+        if value < least:
+            raise MoleError(f"--{name} {value}: must be at least {least}")
+    loaded = load_text_model(model)
+    vocabulary = loaded.vocabulary
+    ids = [vocabulary.separator, *vocabulary.encode(prompt).tolist()]
+    return vocabulary.decode(write_on(loaded, ids, tokens, temperature, top_k, seed)[1:])
+
+
+@torch.inference_mode()
+def write_on(
+    language_model: LanguageModel, ids: list[int], tokens: int, temperature: float, top_k: int, seed: int
+) -> list[int]:
+    """Token ids with as many more as asked for; see `generate`.
+
+    Never looks back further than the windows that the model was trained on: where one is full, it goes on from its
+    second half.
+
+    Raises:
+        MoleError: the model is an encoder.
+    """
+    model, window = language_model.model, language_model.window
+    if not model.config.causal:
+        raise MoleError("the model is an encoder; only a decoder (model.network.causal true) writes text")
+    generator = torch.Generator().manual_seed(seed)
+    ids, cache, unread = list(ids), KeyValueCache(), list(ids)[-window:]
+    for _ in range(tokens):
+        if len(cache) + len(unread) > window:
+            cache, unread = KeyValueCache(), ids[-max(1, window // 2) :]
+        logits_V = model(torch.tensor([unread]), cache=cache).logits_BTV[0, -1].float()
+        logits_V[language_model.vocabulary.mask] = -torch.inf
+        unread = [_draw(logits_V, temperature, top_k, generator)]
+        ids += unread
+    return ids
+
+
+def _draw(logits_V: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    best_K = logits_V.topk(min(top_k, len(logits_V)))
+    chosen = torch.multinomial((best_K.values / temperature).softmax(-1), 1, generator=generator)
+    return int(best_K.indices[chosen])

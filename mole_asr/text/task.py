@@ -1,0 +1,247 @@
+"""The Lightning task of a language model: named losses, optimizer and schedule, validation in bits a byte."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from mole_asr.asr.muon import OptimizerConfig, build_optimizer
+from mole_asr.errors import MoleError
+from mole_asr.moe.experts import Activation
+from mole_asr.moe.layer import MoELayer
+from mole_asr.text.checkpoint import LanguageModel, load_text_model
+from mole_asr.text.cost import token_cost
+from mole_asr.text.curriculum import two_expert_shares
+from mole_asr.text.figures import BitsMeter, RoutingMeter, major_and_minor, nats
+from mole_asr.text.model import NetworkConfig, TextModel, TextOutput
+from mole_asr.text.policies import ExpertsConfig, routing_losses
+from mole_asr.text.upcycle import upcycle
+from mole_asr.text.vocabulary import load_vocabulary
+from mole_asr.text.windows import IGNORED, TextBatch
+
+
+@dataclass(frozen=True)
+class TextLossWeights:
+    """Weight of each named loss.
+
+    Attributes:
+        token: of the next token of a decoder, of the masked tokens of an encoder; a mean over targets.
+        balance: evenness of the load, summed over layers (adaptive gating and Switch: 0.01).
+        router_z: size of the routers' logits, summed over layers (ST-MoE: 0.001).
+    """
+
+    token: float = 1.0
+    balance: float = 0.01
+    router_z: float = 0.0
+
+
+class TextTask(LightningModule):
+    """Trains a `TextModel`.
+
+    Args:
+        vocabulary: "bytes", or the path of a text tokenizer; taken from `data.vocabulary`.
+        languages: codes; taken from the data.
+        major_languages: codes that are shown apart; taken from the data.
+        window: tokens of a window; taken from the data.
+        network: sizes of the model.
+        experts: which layers have experts, and who chooses them.
+        loss_weights: of the named losses.
+        optimizer: learning rates and schedule.
+        mask_share: share of the tokens that are hidden from an encoder.
+        init_from: folder of a trained model to start from; where it is dense, its feed-forward parts are copied into
+            the experts. Sizes are its own.
+        new_activation: with init_from: another activation, such as relu, to adapt to.
+        seed: of dropout and masks: step n draws the same numbers in every run, resumed or not.
+    """
+
+    def __init__(
+        self,
+        vocabulary: str,
+        languages: list[str],
+        major_languages: list[str],
+        window: int,
+        network: NetworkConfig = NetworkConfig(),  # noqa: B008 (frozen)
+        experts: ExpertsConfig = ExpertsConfig(),  # noqa: B008 (frozen)
+        loss_weights: TextLossWeights = TextLossWeights(),
+        optimizer: OptimizerConfig = OptimizerConfig(lr=0.01),  # noqa: B008 (frozen)
+        mask_share: float = 0.15,
+        init_from: str | None = None,
+        new_activation: Activation | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 < mask_share < 1:
+            raise MoleError(f"model.mask_share: {mask_share:g} must be between 0 and 1")
+        self.vocabulary = load_vocabulary(vocabulary)
+        self.major_languages, self.window = major_languages, window
+        self.loss_weights, self.optimizer_config = loss_weights, optimizer
+        self.mask_share, self.seed = mask_share, seed
+        torch.manual_seed(seed)
+        if init_from is None:
+            if new_activation is not None:
+                raise MoleError("model.new_activation: needs model.init_from; without, give model.network.activation")
+            self.model = TextModel(network, experts, languages, self.vocabulary.size)
+        else:
+            self.model = self._start_from(Path(init_from), network, experts, languages, new_activation)
+        self._reset_meters()
+
+    def _start_from(
+        self,
+        folder: Path,
+        network: NetworkConfig,
+        experts: ExpertsConfig,
+        languages: list[str],
+        activation: Activation | None,
+    ) -> TextModel:
+        old = load_text_model(folder)
+        if network not in (NetworkConfig(), old.model.config):
+            raise MoleError("model.network: with model.init_from, sizes are those of the old model; leave the keys out")
+        if old.vocabulary.fingerprint != self.vocabulary.fingerprint:
+            raise MoleError(f"data.vocabulary: is not that of {folder}; give the same")
+        return upcycle(old.model, experts, languages, activation).train()
+
+    def language_model(self) -> LanguageModel:
+        """The model and what belongs to it, to save."""
+        return LanguageModel(self.model, self.vocabulary, self.window, self.major_languages)
+
+    def _reset_meters(self) -> None:
+        num_experts = {
+            layer: block.feed_forward.experts.num_experts
+            for layer, block in enumerate(self.model.blocks)
+            if isinstance(block.feed_forward, MoELayer)
+        }
+        self.bits, self.routing = (
+            BitsMeter(len(self.model.languages)),
+            RoutingMeter(num_experts, len(self.model.languages)),
+        )
+
+    def on_fit_start(self) -> None:
+        """Refuses a curriculum that has nothing to go by."""
+        if self._curriculum is not None and self.model.experts.policy != "adaptive":
+            raise MoleError("data.curriculum: needs model.experts.policy adaptive: it goes by tokens of two experts")
+
+    @property
+    def _curriculum(self) -> Any:
+        """The data module, where it keeps a curriculum."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data if data is not None and data.curriculum else None
+
+    def predict(self, batch: TextBatch, generator: torch.Generator | None = None) -> tuple[TextOutput, Tensor]:
+        """Reads a batch.
+
+        Args:
+            batch: windows.
+            generator: draws what is hidden from an encoder; None for torch's own.
+
+        Returns:
+            The output, and int64 targets [B, T]: the next token of each for a decoder, the hidden ones for an encoder;
+            -1 where nothing is to be predicted.
+        """
+        inputs_BT, targets_BT = batch.tokens_BS[:, :-1], batch.targets()
+        if not self.model.config.causal:
+            drawn_BT = torch.rand(targets_BT.shape, generator=generator).to(targets_BT.device)
+            hidden_BT = drawn_BT < self.mask_share
+            inputs_BT = batch.tokens_BS[:, 1:].masked_fill(hidden_BT, self.vocabulary.mask)
+            targets_BT = targets_BT.where(hidden_BT, IGNORED)
+        lengths_B = batch.lengths_B if batch.padded else None
+        return self.model(inputs_BT, lengths_B, batch.languages_B), targets_BT
+
+    def training_step(self, batch: TextBatch, batch_index: int) -> Tensor:
+        """The weighted sum of the losses of a batch."""
+        place = f"{self.seed} {self.current_epoch} {batch_index} {self.global_rank}"
+        torch.manual_seed(zlib.crc32(place.encode()))
+        output, targets_BT = self.predict(batch)
+        targets = (targets_BT != IGNORED).sum().clamp(min=1)
+        named = {"token": nats(output.logits_BTV, targets_BT).sum() / targets}
+        plans = list(output.plans.values())
+        named |= routing_losses(self.model.experts.policy, plans)
+        total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))
+        if self._curriculum is not None:
+            self._curriculum.record(batch.rows_B, two_expert_shares(plans, len(batch)))
+        self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=len(batch))
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
+        if self.model.experts.policy == "adaptive":
+            shares_L = two_expert_shares(plans, len(batch)).mean(0)
+            named_shares = zip(output.plans, shares_L, strict=True)
+            self.log_dict({f"train/several_share_{layer}": share for layer, share in named_shares})
+        return total
+
+    def validation_step(self, batch: TextBatch, batch_index: int) -> None:
+        """Counts bits and routes; no label helps."""
+        generator = torch.Generator().manual_seed(batch_index)
+        output, targets_BT = self.predict(batch, generator)
+        shares_BT = batch.byte_shares_BS[:, 1:]
+        self.bits.add(nats(output.logits_BTV, targets_BT), shares_BT, targets_BT, batch.languages_B)
+        self.routing.add(output, batch.languages_B)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs bits a byte of each language, their means, the figures of each router, and what a token costs."""
+        bits_L = self.bits.bits_per_byte(self._sum_ranks(self.bits.sums_L2)).tolist()
+        figures = self.routing.figures({layer: self._sum_ranks(sums) for layer, sums in self.routing.sums.items()})
+        self._reset_meters()
+        if self.trainer.sanity_checking:
+            return
+        bits = {code: value for code, value in zip(self.model.languages, bits_L, strict=True) if value == value}
+        self.log_dict({f"valid/bits_per_byte_{code}": value for code, value in bits.items()})
+        means = major_and_minor(bits, self.major_languages)
+        self.log("valid/bits_per_byte", means.pop("all"), prog_bar=True)
+        self.log_dict({f"valid/{name}_bits_per_byte": value for name, value in means.items()}, prog_bar=True)
+        for layer, each in figures.items():
+            self.log_dict({f"valid/{name}_{layer}": value for name, value in vars(each).items()})
+        cost = token_cost(self.model, self.window, {layer: each.experts_per_token for layer, each in figures.items()})
+        self.log("valid/flops_per_token", cost.flops)
+        self.log("valid/feed_forward_flops_per_token", cost.feed_forward_flops)
+
+    def _sum_ranks(self, sums: Tensor) -> Tensor:
+        # Some devices have no float64; float32 holds these sums to seven digits.
+        reduced = self.trainer.strategy.reduce(sums.float().to(self.device), reduce_op="sum")
+        return sums if self.trainer.world_size == 1 else reduced.double().cpu()  # type: ignore[union-attr]
+
+    def configure_optimizers(self) -> Any:
+        """Muon with AdamW, and a schedule a step."""
+        config = self.optimizer_config
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise MoleError("trainer.max_epochs: the learning rate needs to know the end; give a number of epochs")
+        optimizer = build_optimizer(self.model, config.lr, config.adamw_lr, config.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.scale(step, int(steps)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the norm, or by value; Lightning refuses to with a fused optimizer, as float16's are scaled."""
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes what the ids mean, to refuse a resume that would change it."""
+        checkpoint["languages"] = self.model.languages
+        checkpoint["vocabulary_crc"] = zlib.crc32(self.vocabulary.fingerprint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the run to resume has the same languages, vocabulary and sizes.
+
+        Raises:
+            MoleError: it has not.
+        """
+        same = checkpoint.get("languages") == self.model.languages
+        if not same or checkpoint.get("vocabulary_crc") != zlib.crc32(self.vocabulary.fingerprint):
+            raise MoleError(
+                "the run to resume has another vocabulary or other languages than the data now: "
+                "give another --output, or remove its checkpoints folder to train anew"
+            )
+        old, new = ({k: v.shape for k, v in s.items()} for s in (checkpoint["state_dict"], self.state_dict()))
+        if old != new:
+            raise MoleError(
+                "the run to resume has other model sizes: give another --output, or remove its checkpoints folder"
+            )
