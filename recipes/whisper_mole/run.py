@@ -29,7 +29,7 @@ from mole_asr.transcribe.command import TranscribeResult, transcribe
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CONFIG = ROOT / "conf/asr/whisper_mole.yaml"
-HEADS = ("attention", "ctc")
+HEADS = ("attention", "ctc", "attention-given")
 PEERS = tuple(f"whisper-{kind}-{told}" for kind in ("int8", "float32") for told in ("given", "detected"))
 IDENTIFICATION = ("language_id_accuracy", "ece", "reliability_right", "reliability_wrong")
 FOLD_ACCENTS = ("es",)  # the Spanish prompts are written without them
@@ -142,10 +142,21 @@ def hear(system: str, test: Path, output: Path, places: Places) -> TranscribeRes
         told: Any
         _, kind, told = system.split("-")
         return whisper(str(test), str(output), model=places.whisper, compute_type=kind, language=told)
-    name, _, head = system.partition("-")
-    chosen: Any = head
-    model = str(places.runs / name / "model")
-    return transcribe([str(test)], model=model, output=str(output), beam=0, head=chosen, precision="bf16-mixed")
+    name, chosen, *given = system.split("-")
+    head: Any = chosen
+    options: dict[str, Any] = {"model": str(places.runs / name / "model"), "head": head, "beam": 0}
+    options["precision"] = "bf16-mixed"
+    if not given:
+        return transcribe([str(test)], output=str(output), **options)
+    # Told the language: one language after another.
+    table, result, lines = Manifest(test), TranscribeResult(), []
+    for number, code in enumerate(table.languages):
+        part = output / code / test.name
+        write_manifest((table[int(row)] for row in np.flatnonzero(table.language_ids == number)), part)
+        result.add(transcribe([str(part)], output=str(output / code / "heard"), language=code, **options))
+        lines.append((output / code / "heard" / test.name).read_text("utf-8"))
+    write_text(output / test.name, "".join(lines))
+    return result
 
 
 def measure(system: str, test_set: str, places: Places, results: ResultFile) -> None:

@@ -10,8 +10,10 @@ REFERENCE = "whisper-int8-given"
 TITLES = {
     "voices13-attention": "MoLE on Whisper base, text decoder",
     "voices13-ctc": "the same, CTC head",
+    "voices13-attention-given": "the same, text decoder, language given",
     "prompts5-attention": "trained on `prompts5` alone, text decoder",
     "prompts5-ctc": "the same, CTC head",
+    "prompts5-attention-given": "the same, text decoder, language given",
     "whisper-int8-given": "Whisper base int8, language given",
     "whisper-int8-detected": "Whisper base int8, language detected",
     "whisper-float32-given": "Whisper base float32, language given",

@@ -68,7 +68,7 @@ def test_the_whole_command(recipe: ModuleType, data: Path, tmp_path: Path, whisp
     rows: list[dict[str, Any]] = json.loads((tmp_path / "results.json").read_text())
     sets = {"voices13": 12, "prompts5": 8, "unseen": 12, "unseen over 2 s": 6}
     assert {(row["system"], row["test_set"]) for row in rows} == {
-        (system, name) for system in ("prompts5-attention", "prompts5-ctc") for name in sets
+        (system, name) for system in ("prompts5-attention", "prompts5-ctc", "prompts5-attention-given") for name in sets
     }
     for row in rows:
         if row["language"] == "all":
