@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from mole_asr.asr.checkpoint import Recogniser, load_model
@@ -135,11 +136,18 @@ class MoleTask(LightningModule):
         return total
 
     def on_fit_start(self) -> None:
-        """Refuses data that may have an utterance too long for the model: it would end the run in the middle.
+        """Refuses what would end the run in the middle.
 
         Raises:
-            MoleError: see above.
+            MoleError: an utterance may be too long for the model, or processes would wait for what is not trained yet.
         """
+        strategy = self.trainer.strategy
+        waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
+        if waits and isinstance(self.model, PretrainedModel) and not self._trained:
+            raise MoleError(
+                "trainer.strategy: fine-tuning trains not all at once, so on several devices it needs "
+                "ddp_find_unused_parameters_true"
+            )
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         stretch, limit_s = data.augment.longest_stretch if data.augment else 1.0, self.model.max_seconds
         if data.max_seconds * stretch > limit_s + 1e-6:

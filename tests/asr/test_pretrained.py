@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional
 
@@ -218,6 +220,21 @@ def test_without_an_attention_head(whisper_folder: Path, tokenizer: TextTokenize
     with pytest.raises(MoleError, match="has no attention head"):
         transcriber.choose_head("attention")
     list(transcriber.transcribe(batch.audio_BS[0].numpy()))
+
+
+def test_processes_that_would_wait_for_what_is_not_trained_yet(
+    whisper_folder: Path, tokenizer_folder: Path, tokenizer: TextTokenizer
+) -> None:
+    config = build(whisper_folder, tokenizer).config
+    task = MoleTask(str(tokenizer_folder), LANGUAGES, pretrained=config)
+    data: Any = SimpleNamespace(max_seconds=20.0, augment=None)
+    strategies: list[Any] = [DDPStrategy(find_unused_parameters=True), DDPStrategy()]
+    trainers: list[Any] = [SimpleNamespace(datamodule=data, strategy=strategy) for strategy in strategies]
+    task._trainer = trainers[0]
+    task.on_fit_start()
+    task._trainer = trainers[1]
+    with pytest.raises(MoleError, match=r"trainer\.strategy: .*ddp_find_unused_parameters_true"):
+        task.on_fit_start()
 
 
 @pytest.mark.parametrize("name", ["wav2vec2", "w2v_bert"])
