@@ -136,11 +136,14 @@ class MoleTask(LightningModule):
         return total
 
     def on_fit_start(self) -> None:
-        """Refuses what would end the run in the middle.
+        """Refuses what would end the run in the middle, or train nothing.
 
         Raises:
-            MoleError: an utterance may be too long for the model, or processes would wait for what is not trained yet.
+            MoleError: an utterance may be too long for the model, processes would wait for what is not trained yet, or
+                scaled gradients would be clipped as if they were not.
         """
+        if self.trainer.precision == "16-mixed" and isinstance(self.model, PretrainedModel):
+            raise MoleError("trainer.precision: fine-tuning clips gradients that 16-mixed has scaled; take bf16-mixed")
         strategy = self.trainer.strategy
         waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
         if waits and isinstance(self.model, PretrainedModel) and not self._trained:
@@ -218,7 +221,7 @@ class MoleTask(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Logs the norm of each expert's gradient, not yet clipped, in the steps that are logged."""
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             self.log_dict({f"gradient/{name}": norm for name, norm in gradient_norms(self.model).items()})
 

@@ -222,19 +222,27 @@ def test_without_an_attention_head(whisper_folder: Path, tokenizer: TextTokenize
     list(transcriber.transcribe(batch.audio_BS[0].numpy()))
 
 
-def test_processes_that_would_wait_for_what_is_not_trained_yet(
+def test_trainers_that_cannot_fine_tune_are_refused(
     whisper_folder: Path, tokenizer_folder: Path, tokenizer: TextTokenizer
 ) -> None:
     config = build(whisper_folder, tokenizer).config
     task = MoleTask(str(tokenizer_folder), LANGUAGES, pretrained=config)
-    data: Any = SimpleNamespace(max_seconds=20.0, augment=None)
-    strategies: list[Any] = [DDPStrategy(find_unused_parameters=True), DDPStrategy()]
-    trainers: list[Any] = [SimpleNamespace(datamodule=data, strategy=strategy) for strategy in strategies]
-    task._trainer = trainers[0]
+    good: dict[str, Any] = {
+        "datamodule": SimpleNamespace(max_seconds=20.0, augment=None),
+        "strategy": DDPStrategy(find_unused_parameters=True),
+        "precision": "bf16-mixed",
+    }
+    trainer: Any = SimpleNamespace(**good)
+    task._trainer = trainer
     task.on_fit_start()
-    task._trainer = trainers[1]
-    with pytest.raises(MoleError, match=r"trainer\.strategy: .*ddp_find_unused_parameters_true"):
-        task.on_fit_start()
+    for key, value, message in (
+        ("strategy", DDPStrategy(), r"trainer\.strategy: .*ddp_find_unused_parameters_true"),
+        ("precision", "16-mixed", r"trainer\.precision: .*bf16-mixed"),
+    ):
+        trainer = SimpleNamespace(**{**good, key: value})
+        task._trainer = trainer
+        with pytest.raises(MoleError, match=message):
+            task.on_fit_start()
 
 
 @pytest.mark.parametrize("name", ["wav2vec2", "w2v_bert"])
