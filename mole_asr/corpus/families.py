@@ -3,7 +3,13 @@
 Membership follows Glottolog 5 (Hammarström, Forkel, Haspelmath & Bank, https://glottolog.org), cut where relatives
 still share sounds and words: Germanic, Romance and Slavic, not Indo-European. The names are the codes that ISO 639-5
 has for these groups (https://www.loc.gov/standards/iso639-5/), which never are codes of languages. A language without
-a near relative in the table (Albanian, Armenian, Basque, Esperanto, Georgian, Japanese, Korean) stands alone.
+a near relative in the table (Albanian, Armenian, Basque, Esperanto, Georgian, Japanese, Kabyle, Korean) stands alone.
+
+`branch_of` is the coarser cut, for many languages: seventeen groups, Indo-European by its branches and every other
+stock as a whole. Slavic has Baltic with it (Glottolog's Balto-Slavic, for which ISO has no code). Two of the groups are
+no branches but what is left over: `ine` the branches of Indo-European with one language each (Greek, Albanian,
+Armenian), and `qis` (from ISO's codes for private use) languages of a stock that no other language here is of (Basque,
+Georgian, Japanese, Korean), and Esperanto. There is no Altaic: Turkic and Mongolian stand apart.
 """
 
 _MEMBERS = {
@@ -31,6 +37,26 @@ _MEMBERS = {
     "xgn": "mn",  # Mongolian
 }
 _FAMILY = {code: family for family, codes in _MEMBERS.items() for code in codes.split()}
+_BRANCHES = {
+    "gem": "gem",
+    "roa": "roa",
+    "cel": "cel",
+    "sla": "sla bat",  # Balto-Slavic
+    "iir": "inc ira",  # Indo-Iranian
+    "ine": "grk hy sq",  # other Indo-European
+    "urj": "fiu",  # Uralic
+    "trk": "trk",
+    "xgn": "xgn",
+    "afa": "cdc cus kab sem",  # Afro-Asiatic
+    "nic": "bnt nic",  # Atlantic-Congo
+    "dra": "dra",
+    "map": "map",
+    "aav": "mkh",  # Austroasiatic
+    "tai": "tai",
+    "sit": "tbq zhx",  # Sino-Tibetan
+    "qis": "eo eu ja ka ko",  # none of these
+}
+_BRANCH = {family: branch for branch, families in _BRANCHES.items() for family in families.split()}
 
 
 def family_of(language: str) -> str:
@@ -41,3 +67,13 @@ def family_of(language: str) -> str:
     """
     base = language.partition("-")[0]
     return _FAMILY.get(base, base)
+
+
+def branch_of(language: str) -> str:
+    """Code of the branch or stock that a language is of, the coarser cut; its own code where we do not know it.
+
+    Args:
+        language: a code; only what stands before the first hyphen is looked at (`pt-BR`).
+    """
+    family = family_of(language)
+    return _BRANCH.get(family, family)
