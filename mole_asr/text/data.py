@@ -65,6 +65,20 @@ class WindowLoader:
         for rows in self._batches(epoch)[first:]:
             yield self.windows.batch(rows)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to restore, only something to check."""
+        return {"num_batches": len(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Warns if the texts or the batch size changed since the checkpoint was written."""
+        if state["num_batches"] != len(self):
+            log.warning(
+                "an epoch had %d batches when the checkpoint was written and has %d now: "
+                "the rest of the current epoch repeats or misses some windows",
+                state["num_batches"],
+                len(self),
+            )
+
 
 class TextDataModule(LightningDataModule):
     """Training and validation windows from two files of texts.

@@ -252,7 +252,9 @@ class TextModel(nn.Module):
         self.languages, self.vocab_size = list(languages), vocab_size
         D, F = config.d_model, config.d_ff
         self.embedding = nn.Embedding(vocab_size, D)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        # Larger than usual: as logits begin at about 1, a short training on few texts gets further (in a trial of 120
+        # steps on English bytes 3.4 bits a byte, with 0.02 3.7), and routers see tokens that differ.
+        nn.init.normal_(self.embedding.weight, std=D**-0.5)
         self.dropout = nn.Dropout(config.dropout)
         places = experts.places(config.num_layers)
         self.blocks = nn.ModuleList(

@@ -67,7 +67,7 @@ class TextTask(LightningModule):
         network: NetworkConfig = NetworkConfig(),  # noqa: B008 (frozen)
         experts: ExpertsConfig = ExpertsConfig(),  # noqa: B008 (frozen)
         loss_weights: TextLossWeights = TextLossWeights(),
-        optimizer: OptimizerConfig = OptimizerConfig(lr=0.01),  # noqa: B008 (frozen)
+        optimizer: OptimizerConfig = OptimizerConfig(adamw_lr=4e-3),  # noqa: B008 (frozen)
         mask_share: float = 0.15,
         init_from: str | None = None,
         new_activation: Activation | None = None,

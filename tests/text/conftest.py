@@ -1,11 +1,16 @@
 """A small language model; everything here is synthetic."""
 
+import json
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mole_asr.corpus.manifest import Utterance, write_manifest
+from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.text.model import NetworkConfig, TextModel
 from mole_asr.text.policies import ExpertsConfig
 
@@ -39,3 +44,40 @@ def make_model() -> Callable[..., TextModel]:
 @pytest.fixture
 def ids_BT() -> torch.Tensor:
     return torch.randint(VOCAB_SIZE, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+WORDS = {
+    "de": ["der", "hund", "läuft", "schnell", "und", "die"],
+    "en": ["the", "dog", "runs", "fast", "and", "a"],
+    "ru": ["собака", "бежит", "быстро", "и"],
+}
+
+
+@pytest.fixture(scope="session")
+def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Synthetic: sentences of a few words in three languages of unequal size."""
+    rng, path = random.Random(0), tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    lines = []
+    for language, count in (("de", 14), ("en", 40), ("ru", 6)):
+        for number in range(count):
+            text = " ".join(rng.choices(WORDS[language], k=rng.randint(1, 6)))
+            lines.append({"text": text, "language": language, "source": "made", "id": f"{language}{number}"})
+    rng.shuffle(lines)
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece tokenizer with byte fallback."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = ["the dog runs fast and a dog", "der hund läuft schnell und die und der"]
+    write_manifest(
+        (
+            Utterance(f"t{i}", folder / "none.wav", 0.0, 1.0, 16000, text, "en", num_samples=16000)
+            for i, text in enumerate(texts)
+        ),
+        folder / "texts.jsonl",
+    )
+    train_tokenizer(folder / "texts.jsonl", folder, vocab_size=300, model_type="bpe")
+    return folder

@@ -4,25 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mole_asr.corpus.manifest import Utterance, write_manifest
-from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.errors import MoleError
 from mole_asr.text.vocabulary import load_saved_vocabulary, load_vocabulary
 
 TEXTS = ["ab cd", "Ünïcode ✓", "日本語", "a  b"]
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    texts = ["ab cd ab abcd", "cd cd ab dc"]
-    no_audio = folder / "none.wav"
-    write_manifest(
-        (Utterance(f"t{i}", no_audio, 0.0, 1.0, 16000, text, "en") for i, text in enumerate(texts)),
-        folder / "texts.jsonl",
-    )
-    train_tokenizer(folder / "texts.jsonl", folder, vocab_size=270, model_type="bpe")
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
