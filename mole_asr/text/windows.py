@@ -34,12 +34,14 @@ def read_texts(path: str | Path) -> dict[str, list[str]]:
     """
     texts: dict[str, list[str]] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_bytes().decode("utf-8").split("\n")  # `splitlines` would cut at U+2028 too
     except OSError as error:
         raise MoleError(f"{path}: cannot be read ({error.strerror}); make it with `mole-asr prepare texts`") from None
     except UnicodeDecodeError:
         raise MoleError(f"{path}: is not UTF-8; make it with `mole-asr prepare texts`") from None
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             text, language = entry["text"], entry["language"]
