@@ -5,7 +5,7 @@
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import numpy as np
 import sentencepiece
 
 from mole_asr.corpus.manifest import Manifest
+from mole_asr.corpus.texts import holds_texts, read_texts
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path
 
@@ -113,7 +114,7 @@ def train_tokenizer(
     """Trains a text tokenizer on the texts of a manifest and writes it to `output/tokenizer.model`.
 
     Args:
-        manifest: cut set with normalised texts.
+        manifest: cut set with normalised texts, or JSON lines with "text" and "language".
         output: folder to write.
         vocab_size: number of ids; blank, unknown and (with `byte_fallback`) 256 bytes are among them. With
             `model_type` char it is an upper bound: there are as many ids as there are characters.
@@ -185,21 +186,32 @@ def extend_tokenizer(
 
 
 class _Sentences:
-    """The texts of a manifest, drawn with p ~ n^balance; can be gone through again and again."""
+    """The texts of a file, drawn with p ~ n^balance; can be gone through again and again."""
 
-    def __init__(self, manifest: Manifest, rows: np.ndarray) -> None:
-        self.manifest, self.rows = manifest, rows
+    def __init__(self, text_of: Callable[[int], str], rows: np.ndarray) -> None:
+        self.text_of, self.rows = text_of, rows
 
     def __iter__(self) -> Iterator[str]:
-        return (self.manifest[row].text for row in self.rows)
+        return map(self.text_of, self.rows)
 
 
-def _sentences(path: str | Path, balance: float, seed: int) -> _Sentences:
+def _rows_by_language(path: str | Path) -> tuple[Callable[[int], str], list[np.ndarray]]:
+    """What gives the text of a row, and the rows of each language that have one."""
+    if holds_texts(path):
+        by_language = list(read_texts(path).values())
+        texts = [text for each in by_language for text in each]
+        ends = np.cumsum([len(each) for each in by_language])
+        return texts.__getitem__, np.split(np.arange(len(texts)), ends[:-1])
     manifest = Manifest(path)
-    rows_by_language = [
+    rows = [
         np.flatnonzero((manifest.language_ids == language) & (manifest.text_lengths > 0))
         for language in range(-1, len(manifest.languages))
     ]
+    return lambda row: manifest[row].text, rows
+
+
+def _sentences(path: str | Path, balance: float, seed: int) -> _Sentences:
+    text_of, rows_by_language = _rows_by_language(path)
     rows_by_language = [rows for rows in rows_by_language if len(rows)]
     if not rows_by_language:
         raise MoleError(f"{path}: no utterance has a text; a tokenizer needs texts")
@@ -210,7 +222,7 @@ def _sentences(path: str | Path, balance: float, seed: int) -> _Sentences:
     generator = np.random.default_rng(seed)
     draws = np.maximum(1, np.round(total * weights / weights.sum())).astype(int)
     drawn = [_draw(rows, count, generator) for rows, count in zip(rows_by_language, draws, strict=True)]
-    return _Sentences(manifest, np.concatenate(drawn))
+    return _Sentences(text_of, np.concatenate(drawn))
 
 
 def _draw(rows: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:

@@ -10,15 +10,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from mole_asr.corpus.batch_plan import BatchPlan
+from mole_asr.corpus.languages import MAJOR_LANGUAGES
+from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.text.curriculum import Complexities
 from mole_asr.text.vocabulary import Vocabulary, load_vocabulary
-from mole_asr.text.windows import TextBatch, Windows, pack_windows, read_texts
+from mole_asr.text.windows import TextBatch, Windows, pack_windows
 
 log = logging.getLogger(__name__)
-
-# The twelve that Post-MoE (Zheng et al., arXiv 2410.10626) calls major; all others are minor.
-MAJOR_LANGUAGES = ("ar", "de", "en", "es", "fr", "hi", "it", "ja", "ko", "pt", "ru", "zh")
 
 
 class CurriculumPlan(BatchPlan):

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.text.checkpoint import LanguageModel, load_text_model
 from mole_asr.text.figures import BitsMeter, major_and_minor, nats
-from mole_asr.text.windows import pack_windows, read_texts
+from mole_asr.text.windows import pack_windows
 
 _BATCH = 16
 

@@ -7,7 +7,7 @@
 | top-2 | policy "top_k", top_k 2 |
 | adaptive gating (Li et al., arXiv 2310.07188) | policy "adaptive", threshold 0.1 |
 | Post-MoE (Zheng et al., arXiv 2410.10626) | policy "forced", layers "last 2", expert_of "language" |
-| language-family experts (the same) | policy "forced", layers "last 2", expert_of "family" |
+| language-family experts (the same) | policy "forced", layers "last 2", expert_of "branch" |
 """
 
 import re
@@ -17,7 +17,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from mole_asr.corpus.families import family_of
+from mole_asr.corpus.families import branch_of, family_of
 from mole_asr.errors import MoleError
 from mole_asr.moe.experts import Activation
 from mole_asr.moe.layer import MoELayer
@@ -26,6 +26,7 @@ from mole_asr.moe.plan import RoutingPlan
 from mole_asr.moe.routers import AdaptiveRouter, ForcedLabelRouter, Router, TopKRouter
 
 Policy = Literal["dense", "top_k", "adaptive", "forced"]
+_KIN = {"family": family_of, "branch": branch_of}
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class ExpertsConfig:
         renormalize: whether the weights of a token's experts sum to one; null: as the policy is published, except that
             "forced" sums to one, so that a dense model turned into experts starts as itself.
         expert_d_ff: width of each expert; null: that of the dense part.
-        expert_of: with "forced": "language", "family" (`corpus/families.py`), or a name for each language: those of one
-            name share an expert.
+        expert_of: with "forced": "language", "family" or "branch" (close and wide kin, `corpus/families.py`), or a name
+            for each language: those of one name share an expert.
     """
 
     policy: Policy = "dense"
@@ -75,8 +76,8 @@ class ExpertsConfig:
             ),
             f"threshold: {self.threshold:g} must be 0..1": not 0 <= self.threshold <= 1,
             f"expert_d_ff: {self.expert_d_ff} must be positive": self.expert_d_ff is not None and self.expert_d_ff < 1,
-            f"expert_of: {self.expert_of!r} is neither language, nor family, nor a name for each language": (
-                isinstance(self.expert_of, str) and self.expert_of not in ("language", "family")
+            f"expert_of: {self.expert_of!r} is none of language, family and branch, and no name for each language": (
+                isinstance(self.expert_of, str) and self.expert_of not in ("language", *_KIN)
             ),
         }
         for message, is_wrong in problems.items():
@@ -109,8 +110,8 @@ class ExpertsConfig:
         return replace(self, expert_of=dict(zip(languages, self._names(languages), strict=True)))
 
     def _names(self, languages: list[str]) -> list[str]:
-        if self.expert_of == "family":
-            return [family_of(code) for code in languages]
+        if isinstance(self.expert_of, str) and self.expert_of in _KIN:
+            return [_KIN[self.expert_of](code) for code in languages]
         names = self.expert_of if isinstance(self.expert_of, dict) else {}
         return [names.get(code, code) for code in languages]
 

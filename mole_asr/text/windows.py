@@ -7,51 +7,17 @@ the first separator is predicted exactly once.
 Letters: P tokens of the whole stream, W windows, B batch, T targets of a window, S = T + 1 its tokens.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mole_asr.errors import MoleError
 from mole_asr.text.vocabulary import Vocabulary
 
 IGNORED = -1  # a target that is not to be predicted
-
-
-def read_texts(path: str | Path) -> dict[str, list[str]]:
-    """The texts of a JSONL file by language, languages sorted, texts as they stand there; empty ones are left out.
-
-    Args:
-        path: one object a line, with at least "text" and "language" (`mole-asr prepare texts` writes such files).
-
-    Raises:
-        MoleError: the file cannot be read, or a line is something else.
-    """
-    texts: dict[str, list[str]] = {}
-    try:
-        lines = Path(path).read_bytes().decode("utf-8").split("\n")  # `splitlines` would cut at U+2028 too
-    except OSError as error:
-        raise MoleError(f"{path}: cannot be read ({error.strerror}); make it with `mole-asr prepare texts`") from None
-    except UnicodeDecodeError:
-        raise MoleError(f"{path}: is not UTF-8; make it with `mole-asr prepare texts`") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            text, language = entry["text"], entry["language"]
-            if not (isinstance(text, str) and isinstance(language, str)):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise MoleError(f'{path}: line {number} is no JSON object with "text" and "language"') from None
-        if text:
-            texts.setdefault(language, []).append(text)
-    return dict(sorted(texts.items()))
 
 
 @dataclass

@@ -10,6 +10,7 @@ import yaml
 
 from mole_asr.asr import fit as shared
 from mole_asr.cli import main
+from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.fit import fit, is_text
 from mole_asr.moe.losses import load_balance_loss, router_z_loss
@@ -17,7 +18,6 @@ from mole_asr.text.checkpoint import load_text_model
 from mole_asr.text.perplexity import bits_per_byte
 from mole_asr.text.policies import ExpertsConfig
 from mole_asr.text.task import TextTask
-from mole_asr.text.windows import read_texts
 
 from .conftest import NETWORK, POLICIES
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.text.data import TextDataModule
 from mole_asr.text.vocabulary import load_vocabulary
-from mole_asr.text.windows import pack_windows, read_texts
+from mole_asr.text.windows import pack_windows
 
 TEXTS = {"de": ["über", "ab", "abcabc"], "en": ["hello", "x"], "xx": ["?"]}
 

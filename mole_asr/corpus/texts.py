@@ -1,0 +1,47 @@
+"""Files of texts without speech: JSON lines with "text" and "language", as `mole-asr prepare texts` writes them."""
+
+import json
+from pathlib import Path
+
+from mole_asr.errors import MoleError
+
+
+def read_texts(path: str | Path) -> dict[str, list[str]]:
+    """The texts of a JSONL file by language, languages sorted, texts as they stand there; empty ones are left out.
+
+    Args:
+        path: one object a line, with at least "text" and "language" (`mole-asr prepare texts` writes such files).
+
+    Raises:
+        MoleError: the file cannot be read, or a line is something else.
+    """
+    texts: dict[str, list[str]] = {}
+    try:
+        lines = Path(path).read_bytes().decode("utf-8").split("\n")  # `splitlines` would cut at U+2028 too
+    except OSError as error:
+        raise MoleError(f"{path}: cannot be read ({error.strerror}); make it with `mole-asr prepare texts`") from None
+    except UnicodeDecodeError:
+        raise MoleError(f"{path}: is not UTF-8; make it with `mole-asr prepare texts`") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            text, language = entry["text"], entry["language"]
+            if not (isinstance(text, str) and isinstance(language, str)):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise MoleError(f'{path}: line {number} is no JSON object with "text" and "language"') from None
+        if text:
+            texts.setdefault(language, []).append(text)
+    return dict(sorted(texts.items()))
+
+
+def holds_texts(path: str | Path) -> bool:
+    """Whether a file's first line is a text, and no cut of a manifest; false for what cannot be read."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            entry = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False
+    return isinstance(entry, dict) and "text" in entry
