@@ -74,12 +74,12 @@ def rotary_angles(positions_T: Tensor, width: int, base: float) -> Tensor:
     """Angles [T, C / 2] by which pair i is turned at position m: m / base^(2 i / C), float32 (Su et al., 2021).
 
     Args:
-        positions_T: m.
+        positions_T: m; more axes before T are kept.
         width: C, even.
         base: the slowest turn, in tokens a radian.
     """
     turns = base ** (-torch.arange(0, width, 2, device=positions_T.device, dtype=torch.float32) / width)
-    return positions_T.float()[:, None] * turns
+    return positions_T.float()[..., None] * turns
 
 
 def rotate(x_BHTC: Tensor, cosine_TC: Tensor, sine_TC: Tensor) -> Tensor:
@@ -112,6 +112,16 @@ class KeyValueCache:
         self.keys[layer], self.values[layer] = keys_BHTC, values_BHTC
         return keys_BHTC, values_BHTC
 
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        """Where new tokens stand, int64 [T]; [B, 1, T] in a cache whose rows differ in length."""
+        return torch.arange(len(self), len(self) + count, device=device)
+
+    def mask(self, count: int, device: torch.device) -> Tensor | None:
+        """Where new tokens may look, bool, [T, S + T] or [B, 1, T, S + T]; None: at all up to themselves."""
+        if count == 1 or not len(self):
+            return None
+        return torch.ones(count, len(self) + count, dtype=torch.bool, device=device).tril(len(self))
+
     def select(self, rows_B: Tensor) -> "KeyValueCache":
         """A cache of these rows of the batch, in this order: for a beam that goes on from some of its hypotheses."""
         chosen = KeyValueCache()
@@ -125,7 +135,7 @@ class Tokens:
     """What all layers need to know of a batch, worked out once.
 
     Attributes:
-        cosine_TC: of the rotary angles.
+        cosine_TC: of the rotary angles; [B, 1, T, C] where the rows of a cache differ in length.
         sine_TC: of the rotary angles.
         rows: the packing of the valid tokens.
         context: for routers.
@@ -298,6 +308,7 @@ class TextModel(nn.Module):
     ) -> Tokens:
         B, T = ids_BT.shape
         device, past = ids_BT.device, 0 if cache is None else len(cache)
+        positions_T = torch.arange(T, device=device) if cache is None else cache.positions(T, device)
         if cache is not None and (lengths_B is not None or not self.config.causal):
             raise ValueError("a cache is for decoders, and for windows without padding")
         if lengths_B is None:
@@ -305,16 +316,14 @@ class TextModel(nn.Module):
         else:
             rows = PackedRows.from_lengths(lengths_B, T)
         width = self.config.d_model // self.config.num_heads
-        angles = rotary_angles(torch.arange(past, past + T, device=device), width, self.config.rotary_base)
+        angles = rotary_angles(positions_T, width, self.config.rotary_base)
         angles_TC = torch.cat([angles, angles], dim=-1).to(
             torch.promote_types(self.embedding.weight.dtype, angles.dtype)
         )
-        mask = None
-        if self.config.causal and past and T > 1:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)
-        elif not self.config.causal and rows.index_N is not None:
+        mask = None if cache is None else cache.mask(T, device)
+        if not self.config.causal and rows.index_N is not None:
             mask = (torch.arange(T, device=device) < rows.lengths_B[:, None])[:, None, None, :]
         # Padding stands at the end, where no valid token of a decoder looks.
-        is_causal = self.config.causal and not past
+        is_causal = self.config.causal and not past and mask is None
         context = RoutingContext(rows, languages_B=languages_B)
         return Tokens(angles_TC.cos(), angles_TC.sin(), rows, context, mask, is_causal, cache)

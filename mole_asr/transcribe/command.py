@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +15,7 @@ from mole_asr.transcribe.writers import WRITERS
 
 if TYPE_CHECKING:
     from mole_asr.corpus.manifest import Manifest
+    from mole_asr.decode.decoder import CtcDecoder
     from mole_asr.transcribe.transcriber import Input, Transcriber
 
 
@@ -57,6 +58,11 @@ def transcribe(
     beam: int | None = None,
     head: Literal["attention", "ctc"] | None = None,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    lm: str | None = None,
+    lm_mode: Literal["rescore", "fusion"] = "rescore",
+    lm_weight: float | None = None,
+    ngram_weight: float | None = None,
+    length_bonus: float | None = None,
 ) -> TranscribeResult:
     """Transcribes audio files, folders of them, and manifests.
 
@@ -78,13 +84,19 @@ def transcribe(
             decodes greedily, faster and by the sound alone. For the CTC head.
         head: which head of the model writes, where it has two: attention (the default) or ctc, which is faster.
         precision: 32-true, or bf16-mixed, which is faster where the processor has bfloat16 products.
+        lm: folder of a language model (`mole-asr fit --config conf/text/...`) that helps the CTC head.
+        lm_mode: rescore (any language model: the texts that the search has found get a new order) or fusion (one that
+            was trained with the recogniser's tokenizer: it scores within the search).
+        lm_weight: of the language model's logarithm (default: `decode.decoder.WEIGHTS`).
+        ngram_weight: of the logarithm of the n-grams; 0 leaves them out.
+        length_bonus: for each token, because language models take something off for each.
 
     Returns:
         Counts and failures.
 
     Raises:
-        MoleError: nothing to transcribe, an unknown format or language, a model that does not load, or a text that
-            would overwrite the `.txt` beside a recording.
+        MoleError: nothing to transcribe, an unknown format or language, a model that does not load, a language model
+            that does not fit it, or a text that would overwrite the `.txt` beside a recording.
     """
     from mole_asr.transcribe.transcriber import load
 
@@ -97,10 +109,15 @@ def transcribe(
     manifest_jobs = _manifest_jobs(manifests, folder or Path())
     transcriber = load(model)
     if beam is not None:
-        transcriber.beam = beam
+        transcriber.decoder.beam = beam
     transcriber.precision = precision
     if head is not None:
         transcriber.choose_head(head)
+    if lm is not None:
+        transcriber.use_language_model(lm, lm_mode)
+    elif lm_weight is not None:
+        raise MoleError("--lm-weight: of which language model? give --lm FOLDER too")
+    _set_weights(transcriber.decoder, {"ngram": ngram_weight, "lm": lm_weight, "bonus": length_bonus})
     total = TranscribeResult(failures=failures)
     for transcript in _run(transcriber, recordings, language, batch_seconds, total):
         if folder is not None:
@@ -110,6 +127,16 @@ def transcribe(
         total.add(_transcribe_manifest(transcriber, manifest, path, language, batch_seconds))
     _print_summary(total)
     return total
+
+
+def _set_weights(decoder: "CtcDecoder", given: dict[str, float | None]) -> None:
+    """Takes those weights of a search that are given."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    names = {"ngram": "--ngram-weight", "lm": "--lm-weight"}
+    for name, option in names.items():
+        if chosen.get(name, 0) < 0:
+            raise MoleError(f"{option} {chosen[name]:g}: must not be negative")
+    decoder.weights = replace(decoder.weights, **chosen)
 
 
 def _check_references(recordings: Iterable[Path], results: Iterable[Path]) -> None:

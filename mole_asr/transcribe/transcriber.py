@@ -17,8 +17,7 @@ from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
 from mole_asr.audio.segment import MAX_SECONDS, speech_segments
 from mole_asr.corpus.normalize import normalize
 from mole_asr.decode.alignment import Tokenizer, align_words
-from mole_asr.decode.beam import BEAM, beam_ctc
-from mole_asr.decode.greedy import greedy_ctc
+from mole_asr.decode.decoder import CtcDecoder, LmMode
 from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams
 from mole_asr.decode.word import Word
 from mole_asr.errors import MoleError
@@ -86,8 +85,7 @@ class Transcriber:
         model: in evaluation mode, on `device`.
         tokenizer: its text tokenizer.
         max_seconds: recordings longer than this are cut at their pauses.
-        ngrams: language -> n-grams of its training texts; a language without any is decoded greedily.
-        beam: prefixes that the search with n-grams keeps; 0 decodes greedily.
+        decoder: of the CTC head: its n-grams, its beam, its weights.
         head: "attention" writes with the text decoder of a model that has one, "ctc" with the CTC head alone.
         precision: "32-true", or "bf16-mixed": faster where the processor has bfloat16 products.
         failures: (id, reason) of each input of the last call that could not be read and was skipped.
@@ -105,8 +103,7 @@ class Transcriber:
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.max_seconds = max_seconds
-        self.ngrams = ngrams or {}
-        self.beam = BEAM
+        self.decoder = CtcDecoder(tokenizer, ngrams or {})
         self.head: Head = "ctc" if model.attention_head is None else "attention"
         self.precision: Precision = "32-true"
         self.failures: list[tuple[str, str]] = []
@@ -145,6 +142,23 @@ class Transcriber:
         if head == "attention" and self.model.attention_head is None:
             raise MoleError("head: the model has no attention head; leave the option out")
         self.head = head
+
+    def use_language_model(self, folder: str | Path, mode: LmMode) -> None:
+        """Lets a neural language model help the CTC head.
+
+        Args:
+            folder: of a trained text model.
+            mode: "rescore" puts what the search has found into a new order, by whole texts; "fusion" scores within the
+                search, token by token.
+
+        Raises:
+            MoleError: the CTC head does not write, or does not search; or the language model does not fit.
+        """
+        if self.head != "ctc":
+            raise MoleError("lm: serves the CTC head; give --head ctc too")
+        if not self.decoder.beam:
+            raise MoleError("lm: needs a search; give a --beam above 0, or leave it out")
+        self.decoder.use(folder, mode, self.device)
 
     def _language_id(self, language: str) -> int:
         known = list(self.model.languages)
@@ -192,10 +206,12 @@ class Transcriber:
             heard_B = probabilities_BN.argmax(1) if languages_B is None else languages_B.cpu()
             written = self._write(output, heard_B)
         log_probs_BTV, frames = output.log_probs_BTV.float().cpu(), output.lengths_B.tolist()
+        log_probs = [log_probs_TV[:count] for log_probs_TV, count in zip(log_probs_BTV, frames, strict=True)]
+        if written is None:
+            codes = [self.model.languages[language] for language in heard_B.tolist()]
+            spelled = self.decoder.decode([each_TV.numpy() for each_TV in log_probs], codes)
         for row, (piece, reliability) in enumerate(zip(batch, output.reliability_B.tolist(), strict=True)):
-            log_probs_TV = log_probs_BTV[row, : frames[row]]
-            language = self.model.languages[int(heard_B[row])]
-            words = self._align(log_probs_TV, None if written is None else written[row], language)
+            words = self._align(log_probs[row], spelled[row] if written is None else written[row])
             piece.words = [_shift(word, piece.start_s, piece.end_s) for word in words]
             piece.reliability = reliability
             piece.language_probabilities_N = probabilities_BN[row].numpy()
@@ -209,23 +225,15 @@ class Transcriber:
         codes = [self.model.languages[language] for language in languages_B.tolist()]
         return [normalize(text, code) for text, code in zip(texts, codes, strict=True)]
 
-    def _align(self, log_probs_TV: Tensor, text: str | None, language: str) -> list[Word]:
-        """Words and their times, of a text that is already written or else of what the CTC head says."""
-        if text is None:
-            token_ids = self._decode(log_probs_TV, language)
-            return align_words(log_probs_TV, token_ids, self.tokenizer, self.model.frame_shift_s)
-        words = align_words(log_probs_TV, self.tokenizer.encode(text), self.tokenizer, self.model.frame_shift_s)
-        spelled = text.split()
+    def _align(self, log_probs_TV: Tensor, said: list[int] | str) -> list[Word]:
+        """Words and their times, of token ids or of a text."""
+        if not isinstance(said, str):
+            return align_words(log_probs_TV, said, self.tokenizer, self.model.frame_shift_s)
+        words = align_words(log_probs_TV, self.tokenizer.encode(said), self.tokenizer, self.model.frame_shift_s)
+        spelled = said.split()
         if len(words) == len(spelled):  # a letter that the CTC head does not know comes back as a sign of that
             words = [replace(word, text=text) for word, text in zip(words, spelled, strict=True)]
         return words
-
-    def _decode(self, log_probs_TV: Tensor, language: str) -> list[int]:
-        """Token ids, by beam search where there are n-grams of the language."""
-        ngram = self.ngrams.get(language)
-        if ngram is None or not self.beam:
-            return greedy_ctc(log_probs_TV[None], torch.tensor([len(log_probs_TV)]))[0]
-        return beam_ctc(log_probs_TV.numpy(), ngram, width=self.beam)
 
     def _transcript(self, recording: _Recording, language_id: int | None) -> Transcript:
         """Joins the pieces; language and reliability are means over them, weighted by their seconds."""

@@ -83,7 +83,7 @@ def transcribe(models: dict[str, Path], manifest: Path, output: Path, told: bool
             folder = models[language]
             if folder not in loaded:
                 loaded[folder] = load(folder)
-                loaded[folder].beam = 0
+                loaded[folder].decoder.beam = 0
             transcriber = loaded[folder]
             heard.parameters = count_parameters(transcriber.model)
             utterances = [table[int(row)] for row in np.flatnonzero(table.language_ids == number)]

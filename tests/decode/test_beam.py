@@ -1,13 +1,18 @@
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mole_asr.decode.beam import beam_ctc
+from mole_asr.decode.beam import Hypothesis, Weights, beam_search
 from mole_asr.decode.ngram import TokenNgram
+
+
+def best(log_probs_TV: np.ndarray, ngram: TokenNgram | None = None, **options: Any) -> tuple[int, ...]:
+    return beam_search([log_probs_TV], [ngram], **options)[0][0].ids
 
 
 def random_log_probs(frames: int, vocab: int, seed: int) -> np.ndarray:
@@ -31,11 +36,11 @@ def every_text(log_probs_TV: np.ndarray) -> dict[tuple[int, ...], float]:
 def test_the_most_likely_text_is_found(frames: int, vocab: int, seed: int) -> None:
     log_probs_TV = random_log_probs(frames, vocab, seed)
     texts = every_text(log_probs_TV)
-    found = tuple(beam_ctc(log_probs_TV, width=1000))
+    found = best(log_probs_TV, width=1000)
     assert texts[found] == pytest.approx(max(texts.values()), rel=1e-3)
 
 
-@given(frames=st.integers(1, 4), seed=st.integers(0, 10**6), weight=st.floats(0, 2), bonus=st.floats(0, 2))
+@given(frames=st.integers(1, 4), seed=st.integers(0, 10**6), weight=st.floats(0.01, 2), bonus=st.floats(0, 2))
 @settings(max_examples=60, deadline=None)
 def test_the_best_sum_with_the_ngrams_is_found(frames: int, seed: int, weight: float, bonus: float) -> None:
     ngram = TokenNgram.count([[1, 2, 1], [2, 2], [1]], vocab_size=3, order=3)
@@ -46,16 +51,17 @@ def test_the_best_sum_with_the_ngrams_is_found(frames: int, seed: int, weight: f
         return math.log(probability) + weight * sum(steps) + bonus * len(text)
 
     totals = {text: total(text, p) for text, p in every_text(log_probs_TV).items()}
-    found = tuple(beam_ctc(log_probs_TV, ngram, weight, bonus, width=1000))
+    found = best(log_probs_TV, ngram, weights=Weights(ngram=weight, bonus=bonus), width=1000)
     assert totals[found] == pytest.approx(max(totals.values()), abs=2e-2)
 
 
 def test_ngrams_decide_between_sounds_alike() -> None:
     log_probs_TV = np.log(np.array([[0.02, 0.96, 0.01, 0.01], [0.96, 0.02, 0.01, 0.01], [0.02, 0.01, 0.47, 0.5]]))
     ngram = TokenNgram.count([[1, 2]] * 5, vocab_size=4)
-    assert beam_ctc(log_probs_TV) == [1, 3]
-    assert beam_ctc(log_probs_TV, ngram) == [1, 2]
+    assert best(log_probs_TV) == (1, 3)
+    assert best(log_probs_TV, ngram) == (1, 2)
 
 
 def test_no_frame_gives_no_token() -> None:
-    assert beam_ctc(np.zeros((0, 5))) == []
+    assert beam_search([np.zeros((0, 5))], [None]) == [[Hypothesis((), 0.0)]]
+    assert beam_search([], []) == []

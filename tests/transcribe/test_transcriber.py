@@ -144,11 +144,11 @@ def test_import_needs_neither_lightning_nor_lhotse() -> None:
 
 def test_ngrams_of_the_language_correct_what_is_heard(transcriber: Transcriber) -> None:
     # The sound says "ab"; the texts of the language know only "ad" and are believed over everything.
-    transcriber.ngrams = {"en": TokenNgram.count([[2, 5]] * 10**4, vocab_size=10)}
+    transcriber.decoder.ngrams = {"en": TokenNgram.count([[2, 5]] * 10**4, vocab_size=10)}
     assert [t.text for t in transcriber.transcribe([sound(AB)])] == ["ad"]
     french = [t.text for t in transcriber.transcribe([sound(FRENCH)])]
-    transcriber.ngrams = {}
+    transcriber.decoder.ngrams = {}
     assert [t.text for t in transcriber.transcribe([sound(FRENCH)])] == french, "a language without n-grams"
-    transcriber.ngrams = {"en": TokenNgram.count([[2, 5]] * 10**4, vocab_size=10)}
-    transcriber.beam = 0
+    transcriber.decoder.ngrams = {"en": TokenNgram.count([[2, 5]] * 10**4, vocab_size=10)}
+    transcriber.decoder.beam = 0
     assert [t.text for t in transcriber.transcribe([sound(AB)])] == ["ab"]
