@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mole_asr.moe.backends import cpu_tiled, grouped_mm, reference, segment
-from mole_asr.moe.experts import Experts, compute_dtype
+from mole_asr.moe.experts import Activation, Experts, compute_dtype
 from mole_asr.moe.plan import Layout, RoutingPlan
 
 Backend = Literal["auto", "reference", "cpu_tiled", "segment", "grouped_mm", "triton"]
@@ -23,9 +23,16 @@ _RUN = {
     "grouped_mm": grouped_mm.run,
 }
 _HAS_TRITON = find_spec("triton") is not None
+_TRITON_ACTIVATIONS = ("relu", "silu", "gelu", "swiglu")
 
 
-def choose_backend(device_type: str, dtype: torch.dtype, layout: Layout, widths: tuple[int, ...] = ()) -> Backend:
+def choose_backend(
+    device_type: str,
+    dtype: torch.dtype,
+    layout: Layout,
+    widths: tuple[int, ...] = (),
+    activation: Activation = "relu",
+) -> Backend:
     """The fastest backend that computes such a plan.
 
     torch's grouped_mm is the choice where a GPU has no Triton (as on Windows): it never waits for the device there.
@@ -36,10 +43,11 @@ def choose_backend(device_type: str, dtype: torch.dtype, layout: Layout, widths:
         dtype: of the products (autocast's, where it is on).
         layout: of the plan.
         widths: D and F of the experts; grouped_mm does not take all.
+        activation: of the experts; the Triton kernels know some.
     """
     if device_type == "cpu":
         return "segment" if layout == "segment" else "cpu_tiled"
-    if device_type == "cuda" and dtype != torch.float64 and _HAS_TRITON:
+    if device_type == "cuda" and dtype != torch.float64 and _HAS_TRITON and activation in _TRITON_ACTIVATIONS:
         return "triton"
     if layout == "segment":
         return "segment"
@@ -72,10 +80,13 @@ def dispatch(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend: Backend
 
         return dispatch_parallel(x_ND, plan, experts, backend)
     if backend == "auto":
-        backend = choose_backend(x_ND.device.type, compute_dtype(x_ND), plan.layout, (experts.d_model, experts.d_ff))
+        widths = (experts.d_model, experts.d_ff)
+        backend = choose_backend(x_ND.device.type, compute_dtype(x_ND), plan.layout, widths, experts.activation)
     if backend == "segment" and plan.layout != "segment":
         raise ValueError("the backend 'segment' needs a plan in the layout 'segment'; use 'auto'")
     if backend == "triton":
+        if experts.activation not in _TRITON_ACTIVATIONS:
+            raise ValueError(f"the backend 'triton' does not know the activation {experts.activation!r}; use 'auto'")
         from mole_asr.moe.backends import triton  # late: its import is slow, and it may be missing
 
         return triton.run(x_ND, plan, experts)

@@ -1,6 +1,6 @@
 """Stacked feed-forward experts and the shared expert.
 
-Shape letters: E experts, D model width, F expert width (the first product gives 2F with "swiglu"), N rows.
+Shape letters: E experts, D model width, F expert width (the first product gives 2F with a gated activation), N rows.
 """
 
 import math
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Activation = Literal["relu", "silu", "gelu", "swiglu"]
+Activation = Literal["relu", "silu", "gelu", "swiglu", "reglu", "geglu"]
+GATED = ("swiglu", "reglu", "geglu")
+"""Activations of 2F values, gate first: silu, relu or gelu (by tanh, as T5 has it) of the gate, times the value."""
 
 
 class ExpertWeights(NamedTuple):
@@ -24,13 +26,20 @@ class ExpertWeights(NamedTuple):
 
 
 def activate(z_NF: Tensor, activation: Activation) -> Tensor:
-    """Apply the activation; "swiglu" takes [N, 2F] (gate, then value) and gives [N, F]."""
-    if activation == "swiglu":
+    """Apply the activation; one of `GATED` takes [N, 2F] (gate, then value) and gives [N, F]."""
+    if activation in GATED:
         gate_NF, value_NF = z_NF.chunk(2, dim=-1)
-        return functional.silu(gate_NF) * value_NF
+        return activate_gate(gate_NF, activation) * value_NF
     if activation == "relu":
         return torch.relu(z_NF)
     return functional.silu(z_NF) if activation == "silu" else functional.gelu(z_NF)
+
+
+def activate_gate(gate_NF: Tensor, activation: Activation) -> Tensor:
+    """What the values are multiplied by, of one of `GATED`."""
+    if activation == "swiglu":
+        return functional.silu(gate_NF)
+    return torch.relu(gate_NF) if activation == "reglu" else functional.gelu(gate_NF, approximate="tanh")
 
 
 def feed_forward(x_ND: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:
@@ -56,7 +65,7 @@ class Experts(nn.Module):
         num_experts: E, without the shared expert.
         d_model: D.
         d_ff: F.
-        activation: "relu", "silu", "gelu" or "swiglu".
+        activation: "relu", "silu", "gelu", or one of `GATED`.
         bias: whether both products add a bias.
         shared: whether there is a shared expert.
         output_bias: False leaves out the second bias, the shared expert's too: slices of one dense layer have one
@@ -84,7 +93,7 @@ class Experts(nn.Module):
         self.num_experts, self.d_model, self.d_ff = num_experts, d_model, d_ff
         self.activation: Activation = activation
         self.shared = shared
-        up = 2 * d_ff if activation == "swiglu" else d_ff
+        up = 2 * d_ff if activation in GATED else d_ff
         self.w1_EFD = nn.Parameter(torch.empty(num_experts, up, d_model))
         self.b1_EF = nn.Parameter(torch.empty(num_experts, up)) if bias else None
         self.w2_EDF = nn.Parameter(torch.empty(num_experts, d_model, d_ff))

@@ -22,7 +22,7 @@ class MoELayer(nn.Module):
         num_experts: E, without the shared expert.
         router: makes the plan of each forward; layers may share one (see `Router`). None where every forward is given a
             plan, as with one language router for all layers.
-        activation: "relu", "silu", "gelu" or "swiglu".
+        activation: "relu", "silu", "gelu", or one of `experts.GATED`.
         bias: whether the experts have biases.
         shared_expert: whether there is a shared expert that sees every row.
         backend: "auto", or a fixed backend of `dispatch`.

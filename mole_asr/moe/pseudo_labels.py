@@ -28,17 +28,25 @@ def activation_mass(x_ND: Tensor, experts: Experts) -> Tensor:
 
 
 @torch.no_grad()
-def prior_approximate_labels(x_ND: Tensor, experts: Experts, k: int) -> Tensor:
+def prior_approximate_labels(x_ND: Tensor, experts: Experts, k: int, dense_ND: Tensor | None = None) -> Tensor:
     """The k slices that come closest to the dense output, each with the label 1 / k and the others with 0, [N, E].
 
     FactorLLM (Zhao et al., arXiv 2408.11855): for the row x and the slice e, m_e = MSE(E_e(x), F(x) / (E / k)); the k
     slices of the smallest m are the target. Ours: labels that sum to one, where the published code takes the softmax
-    of a 0/1 vector; and F is the sum of the slices, so without the output bias, which no slice gives.
+    of a 0/1 vector.
+
+    Args:
+        x_ND: rows.
+        experts: the slices.
+        k: slices a row.
+        dense_ND: F(x) without the output bias, which no slice gives; None for the sum of the slices, which it is as
+            long as they are not trained.
     """
     with torch.autocast(x_ND.device.type, enabled=False):
         x_ND = x_ND.to(experts.w1_EFD.dtype)
         outputs = [feed_forward(x_ND, weights, experts.activation) for weights in experts.unbind()]
-    target_ND = torch.stack(outputs).sum(0) * (k / experts.num_experts)
+    dense_ND = torch.stack(outputs).sum(0) if dense_ND is None else dense_ND
+    target_ND = dense_ND * (k / experts.num_experts)
     errors_NE = torch.stack([(output - target_ND).square().mean(-1) for output in outputs], dim=-1)
     nearest_NK = errors_NE.topk(k, dim=-1, largest=False).indices
     return torch.zeros_like(errors_NE).scatter(-1, nearest_NK, 1 / k)

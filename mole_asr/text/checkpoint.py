@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
+from mole_asr.moe.convert.sliced import describe, rebuild
 from mole_asr.text.model import NetworkConfig, TextModel
 from mole_asr.text.policies import ExpertsConfig
 from mole_asr.text.vocabulary import Vocabulary, load_saved_vocabulary
@@ -46,6 +47,7 @@ def save_text_model(language_model: LanguageModel, folder: str | Path) -> None:
         "window": language_model.window,
         "major_languages": language_model.major_languages,
     }
+    config |= describe(model)
     language_model.vocabulary.save(folder)
     write_text(folder / "languages.json", json.dumps(model.languages) + "\n")
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -73,6 +75,7 @@ def load_text_model(folder: str | Path, device: str | torch.device = "cpu") -> L
         network = _dataclass(NetworkConfig, config["network"], folder)
         experts = _dataclass(ExpertsConfig, config["experts"], folder)
         model = TextModel(network, experts, languages, config["vocab_size"])
+        rebuild(model, config, put=lambda dense, layer: layer)
         loaded = LanguageModel(model, vocabulary, int(config["window"]), list(config["major_languages"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MoleError(f"{folder / 'config.json'}: no config of ours ({error!r}); copy the folder anew") from None

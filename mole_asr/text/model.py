@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mole_asr.errors import MoleError
-from mole_asr.moe.experts import Activation, ExpertWeights, feed_forward
+from mole_asr.moe.experts import GATED, Activation, ExpertWeights, feed_forward
 from mole_asr.moe.layer import MoELayer
 from mole_asr.moe.plan import RoutingPlan
 from mole_asr.moe.routers import RoutingContext
@@ -37,7 +37,7 @@ class NetworkConfig:
         num_heads: attention heads.
         causal: whether a token sees only those before it (a decoder, trained on the next token), or all (an encoder,
             trained on masked tokens).
-        activation: "relu", "gelu", "silu" or "swiglu"; of the dense parts and of the experts.
+        activation: "relu", "gelu", "silu", or gated: "swiglu", "reglu", "geglu"; of the dense parts and of the experts.
         norm: "rms" or "layer", before each part of a layer and before the logits.
         dropout: of the embedding and of each part of a layer.
         rotary_base: slowest turn of the rotary positions, in tokens a radian.
@@ -153,6 +153,29 @@ class Tokens:
     cache: KeyValueCache | None
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """softmax(Q K^T / sqrt C) V [B, H, T, C], by torch's fused kernel but where that is slow.
+
+    Args:
+        query: [B, H, T, C].
+        key: [B, H, S, C].
+        value: [B, H, S, C].
+        mask: bool, true where attention may look; None: everywhere.
+        is_causal: each token sees those up to itself, instead of a mask.
+    """
+    in_bfloat16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if not (in_bfloat16 and query.requires_grad):
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
+    # On a CPU the backward of the fused kernel takes three times as long in bfloat16 as these products (windows of 128
+    # or 256 tokens, 32 or 16 of them, heads of 64).
+    if is_causal:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    scores_BHTS = (query * query.shape[-1] ** -0.5) @ key.mT
+    if mask is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf)
+    return scores_BHTS.softmax(-1).to(value.dtype) @ value
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions."""
 
@@ -165,25 +188,23 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         """Mixes the tokens of a window."""
         B, T, D = x_BTD.shape
-        heads = self.query_key_value(x_BTD).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        heads = self.query_key_value(x_BTD).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
         query = rotate(query, tokens.cosine_TC, tokens.sine_TC)
         key = rotate(key, tokens.cosine_TC, tokens.sine_TC)
         if tokens.cache is not None:
             key, value = tokens.cache.extend(self.layer, key, value)
-        mixed_BHTC = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=tokens.mask, is_causal=tokens.is_causal
-        )
+        mixed_BHTC = attend(query, key, value, tokens.mask, tokens.is_causal)
         return self.output(mixed_BHTC.transpose(1, 2).reshape(B, T, D))
 
 
 class DenseFeedForward(nn.Module):
-    """D -> F -> D; with "swiglu" the first matrix has 2F rows, gate first, as an expert has."""
+    """D -> F -> D; with a gated activation the first matrix has 2F rows, gate first, as an expert has."""
 
     def __init__(self, d_model: int, d_ff: int, activation: Activation) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.up = nn.Linear(d_model, 2 * d_ff if activation == "swiglu" else d_ff, bias=False)
+        self.up = nn.Linear(d_model, 2 * d_ff if activation in GATED else d_ff, bias=False)
         self.down = nn.Linear(d_ff, d_model, bias=False)
 
     def weights(self) -> ExpertWeights:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.upcycle import fill_experts
-from mole_asr.moe.experts import Activation
+from mole_asr.moe.experts import GATED, Activation
 from mole_asr.moe.layer import MoELayer
 from mole_asr.text.model import DenseFeedForward, TextModel
 from mole_asr.text.policies import ExpertsConfig
@@ -33,7 +33,7 @@ def upcycle(
             "leave it out: copies are as wide"
         )
     config = dense.config if activation is None else replace(dense.config, activation=activation)
-    if (config.activation == "swiglu") != (dense.config.activation == "swiglu"):
+    if (config.activation in GATED) != (dense.config.activation in GATED):
         raise MoleError(f"model.new_activation: {activation} does not fit a model with {dense.config.activation}")
     if dense.experts.policy != "dense" and dense.experts != experts.spelled_out(languages):
         raise MoleError("model.init_from: that model has experts already; start from a dense one, or keep its experts")

@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from mole_asr.moe.experts import Activation, activate
 
-_FUSED = {None: "none", "relu": "relu", "silu": "swish", "gelu": "gelu"}  # oneDNN's names; it has no "swiglu"
+_FUSED = {None: "none", "relu": "relu", "silu": "swish", "gelu": "gelu"}  # oneDNN's names; it has none of `GATED`
 
 
 def linear(x_nI: Tensor, w_OI: Tensor, b_O: Tensor | None, activation: Activation | None = None) -> Tensor:
-    """activation(x W^T + b), outside autograd; "swiglu" gives half the width. x has at least one row."""
+    """activation(x W^T + b), outside autograd; one of `GATED` gives half the width. x has at least one row."""
     if _has_fused(x_nI.device.type, x_nI.dtype):
         if activation in _FUSED:
             return _fused(x_nI, w_OI, b_O, _FUSED[activation])

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from mole_asr.moe.backends.products import linear, matmul, pack
-from mole_asr.moe.experts import Activation, Experts, ExpertWeights, activate, compute_dtype
+from mole_asr.moe.experts import Activation, Experts, ExpertWeights, activate, activate_gate, compute_dtype
 from mole_asr.moe.plan import RoutingPlan
 
 SHARED = -1
@@ -226,5 +225,11 @@ def _activation_backward(da_nF: Tensor, z_nF: Tensor | None, a_nF: Tensor, activ
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(da_nF, z_nF)
     gate_nF, value_nF = z_nF.chunk(2, dim=-1)
-    dgate_nF = torch.ops.aten.silu_backward(da_nF * value_nF, gate_nF)
-    return torch.cat([dgate_nF, da_nF * functional.silu(gate_nF)], dim=-1)
+    dgated_nF = da_nF * value_nF
+    if activation == "swiglu":
+        dgate_nF = torch.ops.aten.silu_backward(dgated_nF, gate_nF)
+    elif activation == "reglu":
+        dgate_nF = torch.ops.aten.threshold_backward(dgated_nF, gate_nF, 0)
+    else:
+        dgate_nF = torch.ops.aten.gelu_backward(dgated_nF, gate_nF, approximate="tanh")
+    return torch.cat([dgate_nF, da_nF * activate_gate(gate_nF, activation)], dim=-1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_asr.moe.dispatch import Backend
-from mole_asr.moe.experts import Activation, ExpertWeights
+from mole_asr.moe.experts import GATED, Activation, ExpertWeights
 from mole_asr.moe.layer import MoELayer
 from mole_asr.moe.routers.base import Router
 
@@ -37,8 +37,8 @@ def slice_dense(
     belongs to no slice; the layer adds it once.
 
     Args:
-        dense: the tensors of the dense FFN, H wide; with "swiglu" the first matrix has 2H rows, gate first. They are
-            copied.
+        dense: the tensors of the dense FFN, H wide; with a gated activation the first matrix has 2H rows, gate first.
+            They are copied.
         groups_EF: the neurons of each expert; every neuron once.
         activation: of the dense FFN.
         router: of the layer; None to set it later, or to give a plan to every forward.
@@ -48,7 +48,7 @@ def slice_dense(
         ValueError: the groups do not hold every neuron once, or the first matrix has not the rows of the activation.
     """
     d_model, d_ff = dense.w2_DF.shape
-    stacked = 2 if activation == "swiglu" else 1
+    stacked = 2 if activation in GATED else 1
     if dense.w1_FD.shape != (stacked * d_ff, d_model):
         expected = (stacked * d_ff, d_model)
         raise ValueError(f"w1 must be {expected} for {activation!r} and this w2, not {tuple(dense.w1_FD.shape)}")
@@ -58,7 +58,7 @@ def slice_dense(
     num_experts, width = groups_EF.shape
     bias = dense.b1_F is not None or dense.b2_D is not None
     layer = MoELayer(d_model, width, num_experts, router, activation, bias, backend=backend, slices=True)
-    # The gate and the value of a swiglu neuron lie H rows apart.
+    # The gate and the value of a gated neuron lie H rows apart.
     rows_EF = torch.cat([groups_EF + part * d_ff for part in range(stacked)], dim=1)
     set_parameters(layer.experts, w1_EFD=dense.w1_FD[rows_EF], w2_EDF=dense.w2_DF[:, groups_EF].transpose(0, 1))
     if bias:

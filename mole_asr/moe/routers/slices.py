@@ -25,7 +25,7 @@ from mole_asr.moe.routers.base import (
 
 
 def expert_centroids(experts: Experts) -> Tensor:
-    """The mean of each slice's L2-normalised neurons (rows of the first matrix; of its gate with "swiglu"), [E, D]."""
+    """The mean of each slice's L2-normalised neurons (rows of the first matrix; of its gate if it has one), [E, D]."""
     w1_EFD = experts.w1_EFD.detach()[:, : experts.d_ff]
     return functional.normalize(w1_EFD, dim=-1).mean(1)
 

@@ -1,0 +1,218 @@
+"""What a model must offer to be converted; one subclass each for text, speech and Hugging Face models.
+
+Letters: B batch, T tokens or frames, N valid ones of a batch, V vocabulary, D model width, H width of a dense part.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mole_asr.errors import MoleError
+from mole_asr.moe.convert.sliced import SlicedLayer, sliced_layers
+from mole_asr.moe.experts import Activation, ExpertWeights, activate
+
+
+@dataclass(frozen=True, eq=False)
+class DensePart:
+    """A dense feed-forward part of a model.
+
+    Attributes:
+        weights: its tensors, not copied.
+        activation: between the products.
+        listen: the module whose input is the input of the part, behind any norm.
+        run: computes it as the model does, [..., D] to [..., D].
+    """
+
+    weights: ExpertWeights
+    activation: Activation
+    listen: nn.Module
+    run: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a model says of a batch.
+
+    Attributes:
+        outputs_NV: logits (or, of a model without a head, the last stream) of the valid tokens or frames.
+        loss: of the model's own task, a mean; None for a model without a head.
+        valid: start of the names of parts -> bool [B, T], which of their rows are no padding; a part without is whole.
+        right: how many of the `counted` predictions are right; for `Host.score`.
+        counted: what was to be predicted.
+        figures: sums for `Host.figures`.
+    """
+
+    outputs_NV: Tensor
+    loss: Tensor | None
+    valid: dict[str, Tensor] = field(default_factory=dict)
+    right: float = 0.0
+    counted: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def valid_of(self, name: str) -> Tensor | None:
+        """The mask of a part, flattened; None where all its rows are valid."""
+        return next((mask.flatten() for start, mask in self.valid.items() if name.startswith(start)), None)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a model is on some data.
+
+    Attributes:
+        score: share of what it gets right, 0 to 1: next (or hidden) tokens, or characters (1 - character error rate).
+        figures: the usual ones by name, such as bits_per_byte or cer.
+    """
+
+    score: float
+    figures: dict[str, float]
+
+
+class Host(ABC):
+    """A model whose feed-forward parts are to be sliced, or are.
+
+    Attributes:
+        model: in evaluation mode.
+        kind: what it is, for messages.
+    """
+
+    kind: ClassVar[str]
+    model: nn.Module
+
+    @abstractmethod
+    def parts(self) -> dict[str, DensePart]:
+        """The dense parts that can be sliced, by name, lowest first."""
+
+    @abstractmethod
+    def put(self, name: str, layer: SlicedLayer) -> None:
+        """Replaces a dense part."""
+
+    @abstractmethod
+    def put_dense(self, name: str, layer: SlicedLayer) -> None:
+        """Replaces a sliced part by the dense one that its slices are together.
+
+        Raises:
+            MoleError: a dense model of this kind cannot have such parts.
+        """
+
+    @abstractmethod
+    def set_activation(self, activations: dict[Activation, Activation]) -> None:
+        """Gives the dense parts other activations; their weights stay.
+
+        Raises:
+            MoleError: the model could not be saved so.
+        """
+
+    @abstractmethod
+    def read(self, path: str, rows: int, seed: int) -> list[Any]:
+        """Batches of data with about so many tokens or frames.
+
+        Raises:
+            MoleError: the file cannot be read, or fits the model badly.
+        """
+
+    @abstractmethod
+    def predict(self, batch: Any) -> Prediction:
+        """Runs the model."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Writes the model, sliced or dense, as its loader reads it."""
+
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        """The usual figures of the sums over all batches."""
+        return {}
+
+    def layers(self) -> dict[str, SlicedLayer]:
+        """The sliced parts, by name."""
+        return sliced_layers(self.model)
+
+    def clone(self) -> "Host":
+        """A copy that can be converted apart."""
+        return copy.deepcopy(self)
+
+    @torch.no_grad()
+    def quality(self, batches: Sequence[Any]) -> Quality:
+        """How good the model is.
+
+        Raises:
+            MoleError: it has no head that could be right or wrong, or the data hold nothing to predict.
+        """
+        sums: dict[str, float] = {}
+        right = counted = 0.0
+        for batch in batches:
+            found = self.predict(batch)
+            right, counted = right + found.right, counted + found.counted
+            sums = {name: sums.get(name, 0.0) + value for name, value in found.figures.items()}
+        if not counted:
+            raise MoleError("nothing was to be predicted: the data are empty, or the model has no head for tokens")
+        return Quality(right / counted, self.figures(sums))
+
+    @torch.no_grad()
+    def record(self, batches: Sequence[Any]) -> dict[str, Tensor]:
+        """The valid rows [N, D] that each dense part gets, on the CPU."""
+        heard: dict[str, list[Tensor]] = {name: [] for name in self.parts()}
+        for batch in batches:
+            with self._listening() as inputs:
+                found = self.predict(batch)
+            for name, x in inputs.items():
+                rows_ND, mask = x.detach().flatten(0, -2), found.valid_of(name)
+                heard[name].append((rows_ND if mask is None else rows_ND[mask]).cpu())
+        return {name: torch.cat(rows) for name, rows in heard.items()}
+
+    @contextmanager
+    def _listening(self) -> Iterator[dict[str, Tensor]]:
+        inputs: dict[str, Tensor] = {}
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda module, arguments: inputs.__setitem__(name, arguments[0])
+
+        handles = [part.listen.register_forward_pre_hook(hook(name)) for name, part in self.parts().items()]
+        try:
+            yield inputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def hidden_activations(part: DensePart, x_ND: Tensor) -> Tensor:
+    """The activations [N, H] of a part's neurons."""
+    weights = part.weights
+    z = nn.functional.linear(x_ND.to(weights.w1_FD.dtype), weights.w1_FD, weights.b1_F)
+    return activate(z, part.activation).detach()
+
+
+def open_host(folder: str | Path, device: str | torch.device = "cpu") -> Host:
+    """The host of a model folder, whatever it holds.
+
+    Raises:
+        MoleError: it holds no model that can be converted.
+    """
+    import json
+
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise MoleError(f"{path}: no such file; give the folder of a trained model") from None
+    except ValueError as error:
+        raise MoleError(f"{path}: not JSON ({error}); copy the folder anew") from None
+    if "network" in config:
+        from mole_asr.convert.text_host import TextHost
+
+        return TextHost(folder, device)
+    if "encoder" in config or "pretrained" in config:
+        from mole_asr.convert.speech_host import SpeechHost
+
+        return SpeechHost(folder, device)
+    if "model_type" in config:
+        from mole_asr.convert.huggingface_host import HuggingFaceHost
+
+        return HuggingFaceHost(folder, device)
+    raise MoleError(f"{path}: neither a model of ours nor a Hugging Face checkpoint; give the folder of one")

@@ -1,0 +1,82 @@
+"""The `convert moefy` verb: a trained model whose feed-forward parts compute some of their neurons (MoEfication)."""
+
+from pathlib import Path
+from typing import Literal
+
+from mole_asr.convert.host import open_host
+from mole_asr.convert.report import lines_of
+from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
+from mole_asr.convert.speed import measure_speed
+from mole_asr.convert.training import relu_adaptation
+from mole_asr.errors import MoleError
+from mole_asr.moe.convert.splits import Split
+
+_SHOWN_ROWS = 4096
+
+
+def moefy(
+    model: str,
+    output: str,
+    *,
+    slices: int = 16,
+    share: float = 0.25,
+    split: Split = "clusters",
+    router: Literal["mlp", "centroid", "oracle"] = "mlp",
+    data: str | None = None,
+    test: str | None = None,
+    rows: int = 20_000,
+    relu_steps: int = 0,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> str:
+    """Cuts the feed-forward parts of a trained model into slices, of which a router chooses some for each token.
+
+    Zhang et al., arXiv 2110.01786. No value of the model changes, unless it is adapted to ReLU first: the fewer
+    neurons fire, the less is lost. That all slices together are the dense part is checked before anything is written.
+
+    Args:
+        model: folder of a language model or recogniser of ours, or of a Hugging Face model like Llama, BERT or T5.
+        output: folder of the new model, which is used as the old one was.
+        slices: into which each feed-forward part is cut.
+        share: of the slices that compute a token, 0 to 1.
+        split: which neurons make a slice: contiguous, random, clusters, coactivation.
+        router: mlp learns from data, centroid compares a token with the mean neuron of a slice, oracle looks at all
+            neurons: it is slow, and shows what the best router could do.
+        data: what to learn from (router mlp, split coactivation, ReLU adaptation): texts as `mole-asr prepare texts`
+            writes them; for a recogniser, a manifest.
+        test: other data, to measure how much quality is kept.
+        rows: tokens or frames to take of the data.
+        relu_steps: steps of training with ReLU in place of GELU, SiLU or the gate's SiLU, before the cut.
+        lr: learning rate of these steps.
+        seed: of all that is drawn.
+
+    Returns:
+        What became of each part, speed and quality.
+
+    Raises:
+        MoleError: the model or the data cannot be read, or they and the options do not fit together.
+    """
+    if Path(output).resolve() == Path(model).resolve():
+        raise MoleError(f"output {output}: is the old model; give another folder")
+    cut = Cut(split, slices, active_slices(share, slices), router, seed)
+    if data is None and (cut.needs_rows or relu_steps):
+        raise MoleError("--data: is missing; the router mlp, the split coactivation and --relu-steps learn from data")
+    host = open_host(model)
+    if not host.parts():
+        raise MoleError(f"{model}: has no dense feed-forward part to cut; `mole-asr convert dense` undoes a conversion")
+    batches = [] if data is None else host.read(data, rows, seed)
+    tests = [] if test is None else host.read(test, rows, seed)
+    before = host.quality(tests) if tests else None
+    if relu_steps:
+        relu_adaptation(host, batches, relu_steps, lr, seed)
+    parts = host.parts()
+    heard = host.record(batches) if batches else None
+    layers = slice_parts(parts, cut, heard)
+    shown = host.record(tests) if tests else heard
+    errors = {} if shown is None else {n: output_error(parts[n], layers[n], shown[n][:_SHOWN_ROWS]) for n in parts}
+    speed = measure_speed(parts, layers, shown)
+    for name, layer in layers.items():
+        host.put(name, layer)
+    after = host.quality(tests) if tests else None
+    host.save(output)
+    return "\n".join([*lines_of(layers, errors, speed, before, after), f"{output}: written"])

@@ -1,0 +1,146 @@
+"""Language models of ours as hosts.
+
+Letters: B windows, T tokens, N valid tokens, V vocabulary.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mole_asr.convert.host import DensePart, Host, Prediction
+from mole_asr.corpus.texts import read_texts
+from mole_asr.errors import MoleError
+from mole_asr.moe.convert.sliced import SlicedLayer
+from mole_asr.moe.experts import Activation
+from mole_asr.text.checkpoint import load_text_model, save_text_model
+from mole_asr.text.figures import nats
+from mole_asr.text.model import DenseFeedForward, TextModel
+from mole_asr.text.windows import IGNORED, TextBatch, pack_windows
+
+_BATCH = 16
+_MASK_SHARE = 0.15
+
+
+class TextHost(Host):
+    """A language model of ours, decoder or encoder.
+
+    Args:
+        folder: that `mole-asr fit` or `mole-asr convert` wrote.
+        device: where to run.
+
+    Raises:
+        MoleError: the folder cannot be read.
+    """
+
+    kind = "language model"
+    model: TextModel
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
+        self.language_model = load_text_model(folder, device)
+        self.model = self.language_model.model
+
+    def parts(self) -> dict[str, DensePart]:
+        """The dense feed-forward parts of all layers."""
+        found = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, DenseFeedForward):
+                found[name] = DensePart(module.weights(), module.activation, module, module)
+        return found
+
+    def put(self, name: str, layer: SlicedLayer) -> None:
+        """Replaces a dense part; a layer of the transformer takes a layer of experts as it is."""
+        self.model.set_submodule(name, layer)
+
+    def put_dense(self, name: str, layer: SlicedLayer) -> None:
+        """Replaces a sliced part by the dense one.
+
+        Raises:
+            MoleError: other parts have another activation.
+        """
+        config, weights = self.model.config, layer.merged()
+        if config.activation != layer.config.activation:
+            raise MoleError(f"{name}: has {layer.config.activation}, the model {config.activation}; it cannot be dense")
+        dense = DenseFeedForward(config.d_model, config.d_ff, config.activation).to(weights.w1_FD)
+        dense.load_state_dict({"up.weight": weights.w1_FD, "down.weight": weights.w2_DF})
+        self.model.set_submodule(name, dense)
+
+    def set_activation(self, activations: dict[Activation, Activation]) -> None:
+        """Changes all parts, and the config with them.
+
+        Raises:
+            MoleError: there are other parts than dense ones.
+        """
+        if self.model.experts.policy != "dense" or self.layers():
+            raise MoleError("relu-steps: the model has layers of experts already; give a dense one")
+        new = activations[self.model.config.activation]
+        self.model.config = replace(self.model.config, activation=new)
+        for module in self.model.modules():
+            if isinstance(module, DenseFeedForward):
+                module.activation = new
+
+    def read(self, path: str, rows: int, seed: int) -> list[TextBatch]:
+        """Windows of texts drawn at random, as many tokens of each language; for an encoder, tokens are hidden.
+
+        Raises:
+            MoleError: the file cannot be read, or has no text in a language of the model.
+        """
+        languages = self.model.languages
+        texts = {code: found for code, found in read_texts(path).items() if code in languages}
+        if not texts:
+            raise MoleError(f"{path}: no text in a language of the model ({', '.join(languages[:8])}, ...)")
+        rng = np.random.default_rng(seed)
+        drawn = {code: _draw(found, rows // len(texts) + 1, rng) for code, found in texts.items()}
+        loaded = self.language_model
+        windows = pack_windows(drawn, languages, loaded.vocabulary, loaded.window, fill=False)
+        batches, left = [], rows
+        for chosen in np.split(rng.permutation(len(windows)), range(_BATCH, len(windows), _BATCH)):
+            if left > 0:
+                batches.append(windows.batch(np.sort(chosen)))
+                left -= int(batches[-1].lengths_B.sum())
+        return batches
+
+    def predict(self, batch: TextBatch) -> Prediction:
+        """Reads windows; of an encoder the same tokens of a batch are hidden each time."""
+        batch = batch.to(self.model.embedding.weight.device)
+        inputs_BT, targets_BT = batch.tokens_BS[:, :-1], batch.targets()
+        if not self.model.config.causal:
+            drawn_BT = torch.rand(targets_BT.shape, generator=torch.Generator().manual_seed(int(batch.rows_B[0])))
+            hidden_BT = (drawn_BT < _MASK_SHARE).to(targets_BT.device)
+            inputs_BT = batch.tokens_BS[:, 1:].masked_fill(hidden_BT, self.language_model.vocabulary.mask)
+            targets_BT = targets_BT.where(hidden_BT, IGNORED)
+        output = self.model(inputs_BT, batch.lengths_B if batch.padded else None)
+        wanted_BT = targets_BT != IGNORED
+        valid_BT = torch.arange(targets_BT.shape[1], device=targets_BT.device) < batch.lengths_B[:, None]
+        cost_BT, guesses_BT = nats(output.logits_BTV, targets_BT), output.logits_BTV.argmax(-1)
+        count = int(wanted_BT.sum())
+        shares = batch.byte_shares_BS[:, 1:][wanted_BT]
+        return Prediction(
+            outputs_NV=output.logits_BTV[valid_BT],
+            loss=cost_BT.sum() / max(count, 1),
+            valid={"": valid_BT} if batch.padded else {},
+            right=float((guesses_BT == targets_BT)[wanted_BT].sum()),
+            counted=count,
+            figures={"nats": float(cost_BT.detach().sum()), "bytes": float(shares.sum())},
+        )
+
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        """Bits a byte over all tokens that were predicted."""
+        return {"bits_per_byte": sums["nats"] / sums["bytes"] / math.log(2)}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder that `load_text_model` reads."""
+        save_text_model(self.language_model, folder)
+
+
+def _draw(texts: list[str], size: int, rng: np.random.Generator) -> list[str]:
+    """Some of the texts, at least one: about so many bytes."""
+    chosen, left = [], size
+    for row in rng.permutation(len(texts)):
+        chosen.append(texts[row])
+        left -= len(texts[row].encode("utf-8")) + 1
+        if left <= 0:
+            break
+    return chosen
