@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from mole_asr.asr.routing import Routing
 from mole_asr.errors import MoleError
+from mole_asr.files import write_text
 
 _INK = "#012345"  # stands for the page's text colour, so that the pictures follow a dark page
 _RIGHT_WRONG = ["#2b8cbe", "#e6550d"]
@@ -105,6 +106,14 @@ def draw_routing(routing: Routing) -> str:
         figure.colorbar(picture, ax=axes, pad=0.01)
 
     return _draw("routing", 1.2 + 0.3 * count, paint)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes an SVG that is the same, byte for byte, from the same results."""
+    stream = io.StringIO()
+    with rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    write_text(path, stream.getvalue())
 
 
 def _read_metrics(file: Path, prefixes: tuple[str, ...]) -> Curves:

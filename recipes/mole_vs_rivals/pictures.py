@@ -1,12 +1,10 @@
 """The pictures of README.md, from results.json and details.json alone."""
 
-import io
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from measure import BINS
@@ -14,7 +12,7 @@ from plan import CONDITIONS, SYSTEMS
 from results import Results, detail_key
 from tables import runs_of
 
-from mole_asr.files import write_text
+from mole_asr.score.charts import save_figure
 
 SHOWN = ("dense", "dense-lid", "monolingual", "switch", "lr-moe", "mole", "mole-family", "mole-true")
 _COLOURS = ("#444444", "#999999", "#b8860b", "#7b3294", "#2b8cbe", "#e6550d", "#31a354", "#fdae6b")
@@ -26,10 +24,10 @@ def draw(results: Results, folder: Path) -> None:
     measured = [name for name in CONDITIONS if results.select(condition=name, test_set="test")]
     if not measured:
         return
-    _write(folder / "wer_by_hours.svg", _wer_by_hours(results, measured))
+    save_figure(_wer_by_hours(results, measured), folder / "wer_by_hours.svg")
     for name, make in (("reliability", _reliability), ("experts", _experts), ("gradients", _gradients)):
         if (figure := make(results, measured)) is not None:
-            _write(folder / f"{name}.svg", figure)
+            save_figure(figure, folder / f"{name}.svg")
 
 
 def _wer_by_hours(results: Results, conditions: list[str]) -> Figure:
@@ -138,11 +136,3 @@ def _details(results: Results, system: str, condition: str, test: str) -> list[d
     return [
         results.details[detail_key(system, condition, seed, test)] for seed in runs_of(results, system, condition, test)
     ]
-
-
-def _write(path: Path, figure: Figure) -> None:
-    """An SVG that is the same, byte for byte, from the same results."""
-    stream = io.StringIO()
-    with rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    write_text(path, stream.getvalue())

@@ -5,7 +5,7 @@ command again after an interruption, or a day later: what is done stays done.
 """
 
 import argparse
-import subprocess
+import json
 import sys
 from dataclasses import dataclass
 from datetime import date
@@ -16,13 +16,14 @@ import yaml
 from measure import Heard, figures, gather, transcribe
 from plan import BASE, CONDITIONS, HERE, SYSTEMS, Condition, System
 from results import Results
-from training import gradient_norms, train
+from training import gradient_norms
 
 from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.subset import thin
 from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.errors import MoleError
 from mole_asr.score.results import Row
+from mole_asr.score.runs import code_version, train
 
 ROOT = HERE.parents[1]
 DEGRADED = {"noisy": "noise", "telephone": "telephone"}  # copies of the test set
@@ -144,7 +145,9 @@ def run(setting: Setting, results: Results, source: str | None) -> None:
     languages = [code for code in hours if code != "all"]
     words = setting.fit_arguments(languages)
     parts = {code: [code] for code in languages} if system.monolingual else {"": languages}
-    seconds = sum(train(setting.folder / part, words, codes) for part, codes in parts.items())
+    seconds = sum(
+        train(setting.folder / part, words, [f"--data.languages={json.dumps(codes)}"]) for part, codes in parts.items()
+    )
     models = {code: setting.folder / part / "model" for part, codes in parts.items() for code in codes}
     for test in ready:
         hypothesis = setting.runs / condition.name / system.name / f"seed{setting.seed}" / f"{test.name}.jsonl"
@@ -183,18 +186,9 @@ def _facts(setting: Setting, test_set: str, heard: Heard, train_seconds: float, 
         "train_seconds": round(train_seconds, 1),
         "real_time_factor": round(heard.seconds / max(heard.audio_s, 1e-9), 5),
         "epochs": setting.configured_epochs(),
-        "commit": _commit(),
+        "commit": code_version(ROOT),
         "date": date.today().isoformat(),
     }
-
-
-def _commit() -> str:
-    """The commit of the code that measures; with a + where files differ from it."""
-    try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from mole_asr.errors import MoleError
 from mole_asr.fit import fit, is_text
 from mole_asr.moe.losses import load_balance_loss, router_z_loss
 from mole_asr.text.checkpoint import load_text_model
-from mole_asr.text.perplexity import bits_per_byte
+from mole_asr.text.evaluate import evaluate
 from mole_asr.text.policies import ExpertsConfig
 from mole_asr.text.task import TextTask
 
@@ -101,7 +101,7 @@ def test_each_policy_trains_saves_and_loads(
     assert task.trainer.global_step >= 3
     # What the validation logged at the end is what the verb says.
     logged = {key: value.item() for key, value in task.trainer.logged_metrics.items()}
-    bits = bits_per_byte(loaded, read_texts(texts_file))
+    bits = evaluate(loaded, read_texts(texts_file)).bits
     assert {code: logged[f"valid/bits_per_byte_{code}"] for code in bits} == pytest.approx(bits, rel=1e-4)
     assert logged["valid/bits_per_byte"] == pytest.approx(sum(bits.values()) / 3, rel=1e-4)
     places = POLICIES[name].places(3)
@@ -185,7 +185,7 @@ def test_a_dense_model_becomes_experts(command: Command, texts_file: Path, tmp_p
     dense, experts = (load_text_model(tmp_path / run / "model") for run in ("dense", "run"))
     assert experts.model.experts.policy == "forced"
     # Nothing was learnt (rates of zero): the function must be that of the dense model.
-    assert bits_per_byte(experts, texts) == pytest.approx(bits_per_byte(dense, texts), rel=1e-5)
+    assert evaluate(experts, texts).bits == pytest.approx(evaluate(dense, texts).bits, rel=1e-5)
     with pytest.raises(MoleError, match=r"model\.network: with model\.init_from"):
         fit(command(output=tmp_path / "other", model__init_from=tmp_path / "dense" / "model", model__network__d_ff=8))
 

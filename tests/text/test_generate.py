@@ -10,9 +10,10 @@ import torch
 from mole_asr.cli import main
 from mole_asr.errors import MoleError
 from mole_asr.text.checkpoint import LanguageModel, load_text_model, save_text_model
+from mole_asr.text.evaluate import evaluate
 from mole_asr.text.generate import generate, write_on
 from mole_asr.text.model import TextModel
-from mole_asr.text.perplexity import bits_per_byte, perplexity
+from mole_asr.text.perplexity import perplexity
 from mole_asr.text.vocabulary import load_vocabulary
 
 from .conftest import POLICIES
@@ -70,7 +71,7 @@ def test_the_table_is_that_of_the_meter(folder: Path, texts_file: Path, capsys: 
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     entries = [json.loads(line) for line in texts_file.read_text(encoding="utf-8").splitlines()]
     texts = {code: [e["text"] for e in entries if e["language"] == code] for code in ("de", "en", "ru")}
-    bits = bits_per_byte(load_text_model(folder), texts)
+    bits = evaluate(load_text_model(folder), texts).bits
     for line, (code, sentences) in zip(lines[1:4], texts.items(), strict=True):
         size = sum(len(text.encode()) + 1 for text in sentences)
         assert line == [code, str(len(sentences)), str(size), f"{bits[code]:.4f}"]

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from mole_asr.errors import MoleError
 from mole_asr.moe.layer import MoELayer
-from mole_asr.text.model import KeyValueCache, NetworkConfig, TextModel, rotary_angles, rotate
+from mole_asr.text.model import KeyValueCache, NetworkConfig, TextModel, attend, rotary_angles, rotate
 from mole_asr.text.policies import ExpertsConfig
 
 from .conftest import LANGUAGES, POLICIES
@@ -208,3 +208,19 @@ def test_a_wrong_value_is_named(kind: Any, values: dict[str, Any], parts: list[s
 def test_experts_that_do_not_fit_the_model_are_named(make_model: Make, config: ExpertsConfig, part: str) -> None:
     with pytest.raises(MoleError, match=part):
         make_model(config)
+
+
+@pytest.mark.parametrize("kind", ["causal", "mask", "all"])
+def test_attention_written_out_is_the_fused_one(kind: str) -> None:
+    """What a CPU trains with in bfloat16, and its gradients, against the kernel in float32."""
+    torch.manual_seed(0)
+    exact = [torch.randn(3, 2, 7, 8).bfloat16().float().requires_grad_() for _ in range(3)]
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    mask = (torch.arange(7) < torch.tensor([7, 3, 5])[:, None])[:, None, None, :] if kind == "mask" else None
+    found, expected = (attend(*each, mask, is_causal=kind == "causal") for each in (rounded, exact))
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for one, other in zip(rounded, exact, strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad.float(), other.grad, rtol=0.1, atol=0.1)

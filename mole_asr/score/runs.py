@@ -1,0 +1,129 @@
+"""What the commands of recipes share: their options, and trainings that can be interrupted."""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mole_asr.errors import MoleError
+from mole_asr.files import write_text
+
+
+def train(folder: Path, words: Sequence[str], extra: Sequence[str] = ()) -> float:
+    """Trains a model into `folder`/model, or goes on, or does nothing where it is done.
+
+    Args:
+        folder: of the run.
+        words: for `mole-asr fit`, but the folder.
+        extra: more of them, which are no part of the configuration that a later call is compared with.
+
+    Returns:
+        Seconds of the training, those of interrupted attempts included.
+
+    Raises:
+        MoleError: the folder holds a run of another configuration.
+    """
+    from mole_asr.fit import fit
+
+    notes, settings = folder / "training.json", settings_of(words)
+    state = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {"seconds": 0.0, "done": False}
+    if state.setdefault("settings", settings) != settings:
+        raise MoleError(f"{folder} was trained with another configuration: remove it, or give another --runs")
+    if state["done"] and (folder / "model" / "model.safetensors").exists():
+        return state["seconds"]
+    if state["done"]:  # somebody removed the model
+        state |= {"seconds": 0.0, "done": False}
+    start, before = time.monotonic(), state["seconds"]
+    try:
+        fit([*words, f"--output={folder}", *extra])
+        state["done"] = True
+    finally:
+        state["seconds"] = before + time.monotonic() - start
+        write_text(notes, json.dumps(state, indent=1) + "\n")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return state["seconds"]
+
+
+def settings_of(words: Sequence[str]) -> list[str]:
+    """What decides about the outcome: the keys given, and the lines of the configs without comments.
+
+    Args:
+        words: for `mole-asr fit`; those that say where data lie are left out.
+    """
+    settings = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "--config":
+            lines = Path(value).read_text(encoding="utf-8").splitlines()
+            settings += [line.rstrip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        elif not any(part in name for part in ("manifest", "tokenizer", "_texts", "init_from")):
+            settings.append(word)
+    return settings
+
+
+def code_version(root: Path) -> str:
+    """The commit of the code that measures; with a + where files differ from it.
+
+    Args:
+        root: folder of the repository.
+    """
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def recipe_parser(description: str, here: Path, data: str) -> argparse.ArgumentParser:
+    """The options that every recipe has.
+
+    Args:
+        description: of the command.
+        here: folder of the recipe.
+        data: folder of its corpus, seen from that of the repository.
+    """
+    root, style = here.parents[1], argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=style)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, help="of each training; default: as the configs say")
+    parser.add_argument("--data", type=Path, default=root / data, help="folder of the corpus (%(default)s)")
+    parser.add_argument("--source", help="folder with the packages of the corpus, where they are fetched already")
+    parser.add_argument("--runs", type=Path, default=root / "runs" / here.name, help="folder of the runs (%(default)s)")
+    parser.add_argument("--results", type=Path, default=here, help="folder of results.json (%(default)s)")
+    parser.add_argument("--table", action="store_true", help="train nothing: only write the tables into README.md")
+    parser.add_argument("--pictures", action="store_true", help="train nothing: only draw the pictures")
+    return parser
+
+
+def run_recipe(
+    options: argparse.Namespace,
+    measure: Callable[[], None],
+    draw: Callable[[Path], None],
+    tables: Callable[[Path], str],
+) -> int:
+    """Does what the options of `recipe_parser` say: measures what is missing, draws, and prints the tables.
+
+    Args:
+        options: of the command line.
+        measure: trains and measures what is missing.
+        draw: draws the pictures into a folder.
+        tables: writes the tables into a README; returns them.
+
+    Returns:
+        0, or 1 where something is wrong that the user can put right.
+    """
+    try:
+        if not (options.table or options.pictures):
+            measure()
+        if options.pictures or not options.table:
+            draw(options.results)
+        if options.table or not options.pictures:
+            print(tables(options.results / "README.md"))
+    except MoleError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,122 @@
+"""The tables of README.md, from results.json alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from plan import REFERENCE, SYSTEMS
+
+from mole_asr.score.markdown import markdown_pictures, markdown_table, write_between_marks
+from mole_asr.score.results import ResultFile, Row
+
+PICTURES = {
+    "curves.svg": "bits a byte of the dev texts over seconds and over FLOPs of training",
+    "shares.svg": "share of tokens with two experts in each layer, over the training",
+}
+_ABSENT = "–"
+STEP, BITS, _, CPU, FLOPS = range(5)  # columns of a curve
+
+
+def write_tables(results: ResultFile, readme: Path) -> str:
+    """Makes all tables and writes them into the README between its marks, with the pictures; returns them."""
+    systems = [name for name in SYSTEMS if results.select(system=name, kind="quality")]
+    parts = [table(results, systems) for table in (_equal_steps, _equal_loss, _layers)] if systems else []
+    text = "\n\n".join(part for part in (*parts, markdown_pictures(readme.parent, PICTURES)) if part)
+    write_between_marks(readme, text)
+    return text
+
+
+def _runs(results: ResultFile, system: str) -> list[Row]:
+    return results.select(system=system, kind="quality")
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Mean over seeds and the standard deviation between them."""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _relative(value: float | None, reference: float | None, digits: int = 2) -> str:
+    return _ABSENT if value is None or not reference else f"{value / reference:.{digits}f}x"
+
+
+def _two_experts(row: Row) -> float:
+    return mean(layer["several_share"] for layer in row["layers"]) if row["layers"] else 0.0
+
+
+def _equal_steps(results: ResultFile, systems: list[str]) -> str:
+    header = ["equal steps", "bits a byte", "two experts", "FLOPs a token", "FFN FLOPs", "train step", "forward"]
+    header += ["training, CPU", "active / total M"]
+    speed = {row["system"]: row for row in results.select(kind="speed")}
+    reference = _runs(results, REFERENCE)
+    lines = []
+    for name in systems:
+        runs = _runs(results, name)
+        cells = [SYSTEMS[name].title, _spread([row["bits_per_byte"] for row in runs], 3)]
+        cells.append(f"{100 * mean(map(_two_experts, runs)):.1f} %")
+        for key, unit in (("flops", 1e6), ("feed_forward_flops", 1e6)):
+            value = mean(row[key] for row in runs)
+            cells.append(f"{value / unit:.2f} M ({_relative(value, _mean(reference, key))})")
+        for key in ("step_ms", "forward_ms"):
+            value = speed.get(name, {}).get(key)
+            relative = _relative(value, speed.get(REFERENCE, {}).get(key))
+            cells.append(_ABSENT if value is None else f"{value:.0f} ms ({relative})")
+        seconds = mean(row["cpu_seconds"] for row in runs)
+        cells.append(f"{seconds:.0f} s ({_relative(seconds, _mean(reference, 'cpu_seconds'))})")
+        cells.append(f"{runs[0]['active_parameters'] / 1e6:.2f} / {runs[0]['total_parameters'] / 1e6:.2f}")
+        lines.append(cells)
+    return markdown_table(header, lines)
+
+
+def _mean(rows: Sequence[Row], key: str) -> float | None:
+    return mean(row[key] for row in rows) if rows else None
+
+
+def target_of(results: ResultFile, systems: list[str]) -> float:
+    """The loss that all trainings reached: the worst of their best."""
+    return max(min(point[BITS] for point in row["curve"]) for name in systems for row in _runs(results, name))
+
+
+def reached(curve: Sequence[Sequence[float]], target: float) -> list[float]:
+    """All columns of a curve where its loss first comes down to the target, straight lines between validations."""
+    for before, after in zip([curve[0], *curve], curve, strict=False):
+        if after[BITS] <= target:
+            drop = before[BITS] - after[BITS]
+            share = (before[BITS] - target) / drop if drop > 0 else 0.0
+            return list(np.array(before) + share * (np.array(after) - np.array(before)))
+    raise ValueError(f"never reaches {target}")
+
+
+def _equal_loss(results: ResultFile, systems: list[str]) -> str:
+    target = target_of(results, systems)
+    header = [f"to {target:.3f} bits a byte of the dev texts", "steps", "training FLOPs", "seconds, CPU"]
+    header.append("step time x steps")
+    speed = {row["system"]: row["step_ms"] for row in results.select(kind="speed")}
+    found: dict[str, Any] = {
+        name: np.mean([reached(row["curve"], target) for row in _runs(results, name)], axis=0) for name in systems
+    }
+    timed = {name: found[name][STEP] * speed[name] / 1000 for name in systems if name in speed}
+    lines = []
+    for name, point in found.items():
+        cells = [SYSTEMS[name].title, f"{point[STEP]:.0f}"]
+        for column, unit, label in ((FLOPS, 1e12, "T"), (CPU, 1, "s")):
+            reference = found[REFERENCE][column] if REFERENCE in found else None
+            cells.append(f"{point[column] / unit:.0f} {label} ({_relative(point[column], reference)})")
+        own = timed.get(name)
+        cells.append(_ABSENT if own is None else f"{own:.0f} s ({_relative(own, timed.get(REFERENCE))})")
+        lines.append(cells)
+    return markdown_table(header, lines)
+
+
+def _layers(results: ResultFile, systems: list[str]) -> str:
+    chosen = [name for name in systems if SYSTEMS[name].config == "adaptive" or name == "adaptive"]
+    if not chosen:
+        return ""
+    layers = [layer["layer"] for layer in _runs(results, chosen[0])[0]["layers"]]
+    lines = []
+    for name in chosen:
+        runs = _runs(results, name)
+        columns = [[row["layers"][place]["several_share"] for row in runs] for place in range(len(layers))]
+        lines.append([SYSTEMS[name].title, *(f"{100 * mean(column):.1f} %" for column in columns)])
+    return markdown_table(["tokens with two experts", *(f"layer {layer}" for layer in layers)], lines)

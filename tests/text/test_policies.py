@@ -1,0 +1,143 @@
+"""What one dispatch layer promises, of each policy inside a whole model: limits of T, forced labels, gradients,
+determinism, order of windows, and the corners (one expert, all experts, empty experts, no tokens)."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mole_asr.moe.layer import MoELayer
+from mole_asr.moe.losses import load_balance_loss
+from mole_asr.text.model import TextModel
+from mole_asr.text.policies import ExpertsConfig, routing_losses
+
+from .conftest import POLICIES, VOCAB_SIZE
+
+Make = Callable[..., TextModel]
+EXPERTS = [name for name in POLICIES if name != "dense"]
+
+
+def moe_layers(model: TextModel) -> list[MoELayer]:
+    return [block.feed_forward for block in model.blocks if isinstance(block.feed_forward, MoELayer)]
+
+
+@pytest.mark.parametrize(("threshold", "k"), [(0.0, 1), (1.0, 2)])
+def test_at_its_ends_the_gap_rule_is_top_1_and_top_2(
+    make_model: Make, threshold: float, k: int, ids_BT: torch.Tensor
+) -> None:
+    gap = make_model(ExpertsConfig("adaptive", num_experts=4, threshold=threshold))
+    fixed = make_model(ExpertsConfig("top_k", num_experts=4, top_k=k, renormalize=False))
+    fixed.load_state_dict(gap.state_dict())
+    found, expected = gap(ids_BT), fixed(ids_BT)
+    torch.testing.assert_close(found.logits_BTV, expected.logits_BTV, rtol=1e-10, atol=1e-12)
+    for layer, plan in found.plans.items():
+        assert torch.equal(plan.expert_ids[:, :k], expected.plans[layer].expert_ids)
+        assert ((plan.expert_ids < 4).sum(-1) == k).all()
+
+
+def test_the_gap_decides_who_gets_a_second_expert(make_model: Make, ids_BT: torch.Tensor) -> None:
+    model = make_model(ExpertsConfig("adaptive", num_experts=4, threshold=0.05))
+    several = 0
+    for plan in model(ids_BT).plans.values():
+        for row, p in zip(plan.expert_ids.tolist(), plan.aux["probabilities"].tolist(), strict=True):
+            first, second = sorted(range(4), key=lambda e: -p[e])[:2]
+            both = p[first] - p[second] <= 0.05
+            assert row == [first, second if both else 4]
+            several += both
+    assert 0 < several < 3 * ids_BT.numel(), "one side of the rule is not tested"
+
+
+@pytest.mark.parametrize("name", ["post-moe", "families"])
+def test_a_forced_label_displaces_the_lower_pick_only(make_model: Make, name: str, ids_BT: torch.Tensor) -> None:
+    model, languages = make_model(POLICIES[name]), torch.tensor([0, 2, 3])
+    layer = max(POLICIES[name].places(3)) if name == "families" else 1  # the first one: the same rows reach it
+    free = model(ids_BT).plans[layer].expert_ids
+    forced = model.train()(ids_BT, languages_B=languages).plans[layer].expert_ids
+    assert torch.equal(forced[:, 0], free[:, 0])
+    changed = forced[:, 1] != free[:, 1]
+    assert changed.any() and not changed.all()
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_loss_reaches_router_and_chosen_experts(make_model: Make, name: str, ids_BT: torch.Tensor) -> None:
+    """The weights carry the gradient, of one expert a token too; an expert that nobody chose has none."""
+    model = make_model(POLICIES[name]).train()
+    output = model(ids_BT[:1, :2], languages_B=torch.tensor([3]))
+    output.logits_BTV.square().sum().backward()
+    for layer, plan in zip(moe_layers(model), output.plans.values(), strict=True):
+        assert layer.router is not None
+        assert all(parameter.grad.abs().sum() > 0 for parameter in layer.router.parameters())
+        chosen = set(plan.expert_ids.flatten().tolist()) - {plan.num_experts}
+        reached = {e for e, gradient in enumerate(layer.experts.w1_EFD.grad) if gradient.abs().sum() > 0}
+        assert reached == chosen
+
+
+def test_the_balance_loss_reaches_routers_alone(make_model: Make, ids_BT: torch.Tensor) -> None:
+    """Also of "adaptive": where no token has one expert, nothing pulls."""
+    for threshold, pulls in ((0.0, True), (1.0, False)):
+        model = make_model(ExpertsConfig("adaptive", layers=[2], num_experts=4, threshold=threshold))
+        (plan,) = model(ids_BT).plans.values()
+        balance = routing_losses("adaptive", [plan])["balance"]
+        assert torch.equal(balance, load_balance_loss(plan, one_expert_only=True))
+        balance.backward()
+        (layer,) = moe_layers(model)
+        assert layer.router is not None and layer.experts.w1_EFD.grad is None
+        assert all(bool(p.grad.abs().sum() > 0) == pulls for p in layer.router.parameters())
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_evaluation_is_the_same_twice_and_knows_no_order_of_windows(
+    make_model: Make, name: str, ids_BT: torch.Tensor
+) -> None:
+    model, order = make_model(POLICIES[name]), torch.tensor([2, 0, 1])
+    logits = model(ids_BT).logits_BTV
+    assert torch.equal(model(ids_BT).logits_BTV, logits)
+    torch.testing.assert_close(model(ids_BT[order]).logits_BTV, logits[order], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_chosen_few_or_nobody(make_model: Make, name: str, ids_BT: torch.Tensor) -> None:
+    """Routers that send all tokens one way leave other experts empty; a batch without tokens computes nothing."""
+    model = make_model(POLICIES[name]).train()
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            layer.router.scores.weight.zero_()  # type: ignore[union-attr]
+            layer.experts.w1_EFD[3:] = torch.nan  # of equal scores the first ones win
+    output = model(ids_BT)
+    assert output.logits_BTV.isfinite().all()
+    loss = sum(routing_losses(model.experts.policy, list(output.plans.values())).values(), output.logits_BTV.sum())
+    loss.backward()
+    gradients = [layer.experts.w1_EFD.grad for layer in moe_layers(model)]
+    assert all(gradient[3:].eq(0).all() and gradient[0].ne(0).any() for gradient in gradients)
+    nothing = model(ids_BT[:, :0], torch.zeros(3, dtype=torch.long))
+    assert nothing.logits_BTV.shape == (3, 0, VOCAB_SIZE)
+    assert all(loss == 0 for loss in routing_losses(model.experts.policy, list(nothing.plans.values())).values())
+
+
+@pytest.mark.parametrize("policy", ["top_k", "adaptive"])
+def test_one_expert_alone_is_a_dense_part(make_model: Make, policy: str, ids_BT: torch.Tensor) -> None:
+    dense = make_model()
+    one = make_model(ExpertsConfig(policy, num_experts=1, top_k=1))  # type: ignore[arg-type]
+    one.load_state_dict(dense.state_dict(), strict=False)
+    with torch.no_grad():
+        for layer, block in zip(moe_layers(one), dense.blocks, strict=True):
+            layer.experts.w1_EFD[0], layer.experts.w2_EDF[0] = (
+                block.feed_forward.up.weight,
+                block.feed_forward.down.weight,
+            )
+    torch.testing.assert_close(one(ids_BT).logits_BTV, dense(ids_BT).logits_BTV, rtol=1e-9, atol=1e-12)
+
+
+def test_all_experts_together_are_their_weighted_sum(make_model: Make, ids_BT: torch.Tensor) -> None:
+    """k = E: every expert computes every token; the layer against the plain sum."""
+    model = make_model(ExpertsConfig("top_k", layers=[0], num_experts=4, top_k=4))
+    (layer,) = moe_layers(model)
+    x_BTD = torch.randn(2, 5, 16, dtype=torch.float64)
+    y_BTD, plan = layer(x_BTD, torch.tensor([5, 5]))
+    shares = (x_BTD @ layer.router.scores.weight.T).softmax(-1)  # type: ignore[union-attr]
+    expected = torch.zeros_like(x_BTD)
+    for e, (up, down) in enumerate(zip(layer.experts.w1_EFD, layer.experts.w2_EDF, strict=True)):
+        gate, value = (x_BTD @ up.T).chunk(2, dim=-1)
+        expected += shares[..., e, None] * ((torch.nn.functional.silu(gate) * value) @ down.T)
+    torch.testing.assert_close(y_BTD, expected, rtol=1e-6, atol=1e-6)
+    assert plan.top_k == 4 and model(ids_BT).logits_BTV.isfinite().all()
