@@ -2,10 +2,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mole_asr.corpus.manifest import Utterance, write_manifest
+from mole_asr.decode.ngram import TokenNgram
 from mole_asr.errors import MoleError
 from mole_asr.transcribe.command import transcribe
 from mole_asr.transcribe.transcriber import Transcriber
@@ -137,3 +139,36 @@ def test_importing_the_command_imports_no_torch() -> None:
     code = "import sys, mole_asr.transcribe.command; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"lm": "x", "beam": 0}, "--beam above 0"),
+        ({"lm_weight": 0.5}, "--lm-weight.*--lm FOLDER"),
+        ({"ngram_weight": -1.0}, "--ngram-weight -1: must not be negative"),
+        ({"lm": "nowhere"}, r"nowhere.config\.json: no such file"),
+    ],
+)
+def test_a_language_model_that_cannot_serve_is_refused(tmp_path: Path, options: dict[str, Any], part: str) -> None:
+    path = write_sound(tmp_path / "a.wav", AB)
+    with pytest.raises(MoleError, match=part):
+        transcribe([str(path)], model="m", **options)
+
+
+def test_a_language_model_serves_the_ctc_head(tmp_path: Path, transcriber: Transcriber) -> None:
+    transcriber.head = "attention"
+    path = write_sound(tmp_path / "a.wav", AB)
+    with pytest.raises(MoleError, match="give --head ctc"):
+        transcribe([str(path)], model="m", lm="x")
+
+
+def test_weights_go_to_the_search(tmp_path: Path, transcriber: Transcriber, capsys: pytest.CaptureFixture[str]) -> None:
+    """The texts know only "ad", and are believed as far as their weight goes."""
+    transcriber.decoder.ngrams = {"en": TokenNgram.count([[2, 5]] * 10**4, vocab_size=10)}
+    path = write_sound(tmp_path / "a.wav", AB)
+    for weight, text in ((0.0, "ab"), (1.0, "ad")):
+        transcribe([str(path)], model="m", ngram_weight=weight)
+        assert capsys.readouterr().out == f"{path} [en]: {text}\n"
+    transcribe([str(path)], model="m", length_bonus=50.0)  # every token is worth a lot
+    assert len(capsys.readouterr().out.split(": ")[1]) > 4
