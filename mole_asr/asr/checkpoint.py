@@ -20,6 +20,7 @@ from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
+from mole_asr.moe.convert.sliced import describe, rebuild
 
 FORMAT = 1
 Recogniser: TypeAlias = MoleModel | PretrainedModel
@@ -39,6 +40,7 @@ def save_model(model: Recogniser, tokenizer: TextTokenizer, folder: str | Path) 
         config["generations"] = model.mixture.generations
     if model.mixture.kept is not None:
         config["heard"] = model.mixture.languages
+    config |= describe(model)
     tokenizer.save(folder)
     write_text(folder / "languages.json", json.dumps(model.languages) + "\n")
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -61,6 +63,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
             set_generations(model, [Generation(*counts) for counts in config["generations"]])
         if "heard" in config:
             keep_languages(model, languages)
+        rebuild(model, config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MoleError(f"{folder / 'config.json'}: no config of ours ({error!r}); copy the folder anew") from None
     path = folder / "model.safetensors"

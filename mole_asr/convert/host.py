@@ -36,6 +36,25 @@ class DensePart:
     run: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Counts:
+    """How right a prediction is.
+
+    Attributes:
+        right: how many of the `counted` tokens or characters are right (less those that are too many).
+        counted: what was to be predicted.
+        sums: for `Host.figures`.
+    """
+
+    right: float
+    counted: float
+    sums: dict[str, float]
+
+
+def _nothing() -> Counts:
+    return Counts(0.0, 0.0, {})
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """What a model says of a batch.
@@ -44,17 +63,13 @@ class Prediction:
         outputs_NV: logits (or, of a model without a head, the last stream) of the valid tokens or frames.
         loss: of the model's own task, a mean; None for a model without a head.
         valid: start of the names of parts -> bool [B, T], which of their rows are no padding; a part without is whole.
-        right: how many of the `counted` predictions are right; for `Host.score`.
-        counted: what was to be predicted.
-        figures: sums for `Host.figures`.
+        count: says how right it is; nothing is counted for a model without a head.
     """
 
     outputs_NV: Tensor
     loss: Tensor | None
     valid: dict[str, Tensor] = field(default_factory=dict)
-    right: float = 0.0
-    counted: float = 0.0
-    figures: dict[str, float] = field(default_factory=dict)
+    count: Callable[[], Counts] = _nothing
 
     def valid_of(self, name: str) -> Tensor | None:
         """The mask of a part, flattened; None where all its rows are valid."""
@@ -147,9 +162,9 @@ class Host(ABC):
         sums: dict[str, float] = {}
         right = counted = 0.0
         for batch in batches:
-            found = self.predict(batch)
+            found = self.predict(batch).count()
             right, counted = right + found.right, counted + found.counted
-            sums = {name: sums.get(name, 0.0) + value for name, value in found.figures.items()}
+            sums = {name: sums.get(name, 0.0) + value for name, value in found.sums.items()}
         if not counted:
             raise MoleError("nothing was to be predicted: the data are empty, or the model has no head for tokens")
         return Quality(right / counted, self.figures(sums))
@@ -157,28 +172,31 @@ class Host(ABC):
     @torch.no_grad()
     def record(self, batches: Sequence[Any]) -> dict[str, Tensor]:
         """The valid rows [N, D] that each dense part gets, on the CPU."""
-        heard: dict[str, list[Tensor]] = {name: [] for name in self.parts()}
-        for batch in batches:
-            with self._listening() as inputs:
+        parts = self.parts()
+        heard: dict[str, list[Tensor]] = {name: [] for name in parts}
+        with _listening(parts) as inputs:
+            for batch in batches:
                 found = self.predict(batch)
-            for name, x in inputs.items():
-                rows_ND, mask = x.detach().flatten(0, -2), found.valid_of(name)
-                heard[name].append((rows_ND if mask is None else rows_ND[mask]).cpu())
+                for name, x in inputs.items():
+                    rows_ND, mask = x.detach().flatten(0, -2), found.valid_of(name)
+                    heard[name].append((rows_ND if mask is None else rows_ND[mask]).cpu())
         return {name: torch.cat(rows) for name, rows in heard.items()}
 
-    @contextmanager
-    def _listening(self) -> Iterator[dict[str, Tensor]]:
-        inputs: dict[str, Tensor] = {}
 
-        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda module, arguments: inputs.__setitem__(name, arguments[0])
+@contextmanager
+def _listening(parts: dict[str, DensePart]) -> Iterator[dict[str, Tensor]]:
+    """Yields the last input of each part, by name."""
+    inputs: dict[str, Tensor] = {}
 
-        handles = [part.listen.register_forward_pre_hook(hook(name)) for name, part in self.parts().items()]
-        try:
-            yield inputs
-        finally:
-            for handle in handles:
-                handle.remove()
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, arguments: inputs.__setitem__(name, arguments[0])
+
+    handles = [part.listen.register_forward_pre_hook(hook(name)) for name, part in parts.items()]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def hidden_activations(part: DensePart, x_ND: Tensor) -> Tensor:
@@ -203,11 +221,11 @@ def open_host(folder: str | Path, device: str | torch.device = "cpu") -> Host:
         raise MoleError(f"{path}: no such file; give the folder of a trained model") from None
     except ValueError as error:
         raise MoleError(f"{path}: not JSON ({error}); copy the folder anew") from None
-    if "network" in config:
+    if "format" in config and "network" in config:
         from mole_asr.convert.text_host import TextHost
 
         return TextHost(folder, device)
-    if "encoder" in config or "pretrained" in config:
+    if "format" in config:
         from mole_asr.convert.speech_host import SpeechHost
 
         return SpeechHost(folder, device)

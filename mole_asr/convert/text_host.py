@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mole_asr.convert.host import DensePart, Host, Prediction
+from mole_asr.convert.host import Counts, DensePart, Host, Prediction
 from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.sliced import SlicedLayer
@@ -112,18 +112,20 @@ class TextHost(Host):
             inputs_BT = batch.tokens_BS[:, 1:].masked_fill(hidden_BT, self.language_model.vocabulary.mask)
             targets_BT = targets_BT.where(hidden_BT, IGNORED)
         output = self.model(inputs_BT, batch.lengths_B if batch.padded else None)
-        wanted_BT = targets_BT != IGNORED
         valid_BT = torch.arange(targets_BT.shape[1], device=targets_BT.device) < batch.lengths_B[:, None]
-        cost_BT, guesses_BT = nats(output.logits_BTV, targets_BT), output.logits_BTV.argmax(-1)
-        count = int(wanted_BT.sum())
-        shares = batch.byte_shares_BS[:, 1:][wanted_BT]
+        cost_BT, wanted_BT = nats(output.logits_BTV, targets_BT), targets_BT != IGNORED
+
+        def count() -> Counts:
+            right = (output.logits_BTV.argmax(-1) == targets_BT)[wanted_BT].sum()
+            shares = batch.byte_shares_BS[:, 1:][wanted_BT]
+            sums = {"nats": float(cost_BT.detach().sum()), "bytes": float(shares.sum())}
+            return Counts(float(right), float(wanted_BT.sum()), sums)
+
         return Prediction(
             outputs_NV=output.logits_BTV[valid_BT],
-            loss=cost_BT.sum() / max(count, 1),
+            loss=cost_BT.sum() / wanted_BT.sum().clamp(min=1),
             valid={"": valid_BT} if batch.padded else {},
-            right=float((guesses_BT == targets_BT)[wanted_BT].sum()),
-            counted=count,
-            figures={"nats": float(cost_BT.detach().sum()), "bytes": float(shares.sum())},
+            count=count,
         )
 
     def figures(self, sums: dict[str, float]) -> dict[str, float]:

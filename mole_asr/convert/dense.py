@@ -1,0 +1,34 @@
+"""The `convert dense` verb: slices back to dense feed-forward parts."""
+
+from pathlib import Path
+
+from mole_asr.convert.host import open_host
+from mole_asr.errors import MoleError
+
+
+def dense(model: str, output: str) -> str:
+    """Makes the slices of a converted model into dense feed-forward parts again: what all of them compute together.
+
+    Of a model that `convert moefy` cut, that is the model it was made of (adapted to ReLU, if it was), weight for
+    weight. A Hugging Face model comes out as a folder that transformers reads.
+
+    Args:
+        model: folder of a model that `mole-asr convert` wrote.
+        output: folder of the dense one.
+
+    Returns:
+        How many parts are dense now.
+
+    Raises:
+        MoleError: the model cannot be read, has no slices, or cannot be dense.
+    """
+    if Path(output).resolve() == Path(model).resolve():
+        raise MoleError(f"output {output}: is the old model; give another folder")
+    host = open_host(model)
+    layers = host.layers()
+    if not layers:
+        raise MoleError(f"{model}: has no slices; it is dense already")
+    for name, layer in layers.items():
+        host.put_dense(name, layer)
+    host.save(output)
+    return f"{output}: {len(layers)} feed-forward parts are dense again"

@@ -1,0 +1,231 @@
+"""Each kind of model: what is sliced, all slices together are the model, what is saved is what is loaded, and back."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mole_asr.convert.dense import dense
+from mole_asr.convert.host import Host, open_host
+from mole_asr.convert.slicing import Cut, slice_parts
+from mole_asr.errors import MoleError
+from mole_asr.moe.experts import feed_forward
+
+HUGGING_FACE = ["llama", "llama-bias", "bert", "bert-base", "t5", "t5-gated"]
+PARTS = {
+    "text": ["blocks.0.feed_forward", "blocks.1.feed_forward"],
+    "speech": ["blocks.0.feed_forward_in", "blocks.0.feed_forward_out", "blocks.1.feed_forward_in"],
+    "llama": ["model.layers.0.mlp", "model.layers.1.mlp"],
+    "llama-bias": ["model.layers.0.mlp", "model.layers.1.mlp"],
+    "bert": ["bert.encoder.layer.0.intermediate", "bert.encoder.layer.1.intermediate"],
+    "bert-base": ["encoder.layer.0.intermediate", "encoder.layer.1.intermediate"],
+    "t5": [f"{s}.block.{n}.layer.{i}.DenseReluDense" for s, i in (("encoder", 1), ("decoder", 2)) for n in (0, 1)],
+}
+PARTS["t5-gated"] = PARTS["t5"]
+KINDS = list(PARTS)
+ACTIVATIONS = {"text": "swiglu", "speech": "silu", "llama": "swiglu", "llama-bias": "swiglu", "t5": "relu"}
+ACTIVATIONS |= {"bert": "gelu", "bert-base": "gelu", "t5-gated": "geglu"}
+
+
+@pytest.fixture
+def folder_of(
+    text_folder: Callable[..., Path], speech: Path, huggingface_folder: Callable[[str], Path]
+) -> Callable[[str], Path]:
+    def find(kind: str) -> Path:
+        if kind in HUGGING_FACE:
+            return huggingface_folder(kind)
+        return speech / "model" if kind == "speech" else text_folder()
+
+    return find
+
+
+@pytest.fixture
+def data_of(texts: Path, speech: Path) -> Callable[[str], str]:
+    return lambda kind: str(speech / "cuts.jsonl" if kind == "speech" else texts)
+
+
+def outputs(host: Host, batches: list[Any]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [host.predict(batch).outputs_NV for batch in batches]
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], atol: float) -> None:
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=atol, rtol=0)
+
+
+def slice_all(host: Host, cut: Cut, rows: Any = None) -> None:
+    for name, layer in slice_parts(host.parts(), cut, rows).items():
+        host.put(name, layer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_slices_together_are_the_model(kind: str, folder_of: Any, data_of: Any) -> None:
+    host = open_host(folder_of(kind))
+    batches = host.read(data_of(kind), 150, seed=0)
+    if kind != "speech":  # whose features are float32
+        host.model.double()
+    expected = outputs(host, batches)
+    assert list(host.parts()) == PARTS[kind]
+    assert {part.activation for part in host.parts().values()} == {ACTIVATIONS[kind]}
+    slice_all(host, Cut("random", 4, 4, "centroid"))
+    assert not host.parts() and list(host.layers()) == PARTS[kind]
+    assert_same(outputs(host, batches), expected, 1e-4 if kind == "speech" else 1e-9)
+    for layer in host.layers().values():
+        layer.choose_router("centroid", 1)
+    assert max(float((a - b).abs().max()) for a, b in zip(outputs(host, batches), expected, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_rows_are_what_the_parts_compute(kind: str, folder_of: Any, data_of: Any) -> None:
+    host = open_host(folder_of(kind))
+    batches = host.read(data_of(kind), 150, seed=0)
+    rows = host.record(batches)
+    given: dict[str, list[torch.Tensor]] = {name: [] for name in PARTS[kind]}
+    for name, part in host.parts().items():
+        part.listen.register_forward_pre_hook(lambda _, inputs, name=name: given[name].append(inputs[0].flatten(0, -2)))
+        x_ND = rows[name]
+        torch.testing.assert_close(part.run(x_ND), feed_forward(x_ND, part.weights, part.activation))
+        given[name].clear()
+    predictions = [host.predict(batch) for batch in batches]
+    for name, x_ND in rows.items():
+        masks = [found.valid_of(name) for found in predictions]
+        valid = [x if mask is None else x[mask] for x, mask in zip(given[name], masks, strict=True)]
+        torch.testing.assert_close(x_ND, torch.cat(valid).detach())
+        padded = sum(map(len, given[name])) - len(x_ND)
+        assert (padded > 0) == (kind in ("speech", "text"))
+        if padded == 0:
+            continue
+        assert len(x_ND) == sum(len(found.outputs_NV) for found in predictions)
+
+
+@pytest.mark.parametrize("router", ["mlp", "oracle", "linear"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_is_loaded_and_comes_back_dense(
+    kind: str, router: Any, folder_of: Any, data_of: Any, tmp_path: Path
+) -> None:
+    folder = folder_of(kind)
+    host = open_host(folder)
+    batches = host.read(data_of(kind), 150, seed=0)
+    before, state = outputs(host, batches), {name: t.clone() for name, t in host.model.state_dict().items()}
+    slice_all(host, Cut("clusters", 4, 2, router), host.record(batches))
+    host.save(tmp_path / "sliced")
+    again = open_host(tmp_path / "sliced")
+    assert list(again.layers()) == PARTS[kind] and not again.parts() and not again.model.training
+    assert_same(outputs(again, batches), outputs(host, batches), 0)
+    dense(str(tmp_path / "sliced"), str(tmp_path / "dense"))
+    back = open_host(tmp_path / "dense")
+    assert_same(outputs(back, batches), before, 0)
+    assert back.model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in back.model.state_dict().items())
+    if kind in HUGGING_FACE:
+        assert json.loads((tmp_path / "dense/config.json").read_text()) == json.loads(
+            (folder / "config.json").read_text()
+        )
+        plain, info = type(back.model).from_pretrained(tmp_path / "dense", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
+        with pytest.raises(OSError):  # no one may take the sliced folder for a dense model
+            type(back.model).from_pretrained(tmp_path / "sliced")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_relu_is_kept(kind: str, folder_of: Any, data_of: Any, tmp_path: Path) -> None:
+    from mole_asr.convert.training import RELU
+
+    host = open_host(folder_of(kind))
+    batches = host.read(data_of(kind), 150, seed=0)
+    before = outputs(host, batches)
+    host.set_activation(RELU)
+    relu = outputs(host, batches)
+    assert {part.activation for part in host.parts().values()} <= {"relu", "reglu"}
+    assert (max(float((a - b).abs().max()) for a, b in zip(relu, before, strict=True)) > 1e-4) == (kind != "t5")
+    slice_all(host, Cut("contiguous", 4, 4, "oracle"))
+    assert_same(outputs(host, batches), relu, 1e-3)
+    host.save(tmp_path / "sliced")
+    assert_same(outputs(open_host(tmp_path / "sliced"), batches), outputs(host, batches), 0)
+    if kind == "speech":
+        with pytest.raises(MoleError, match="was adapted to relu"):
+            dense(str(tmp_path / "sliced"), str(tmp_path / "dense"))
+    else:
+        dense(str(tmp_path / "sliced"), str(tmp_path / "dense"))
+        assert_same(outputs(open_host(tmp_path / "dense"), batches), relu, 0)
+
+
+@pytest.mark.parametrize("kind", ["text", "speech", "llama", "bert", "t5"])
+def test_quality_is_that_of_a_plain_loop(kind: str, folder_of: Any, data_of: Any) -> None:
+    host = open_host(folder_of(kind))
+    batches = host.read(data_of(kind), 150, seed=0)
+    quality = host.quality(batches)
+    nats = sum(float(host.predict(batch).loss.detach()) * host.predict(batch).count().counted for batch in batches)
+    counted = sum(host.predict(batch).count().counted for batch in batches)
+    assert counted > 0 and -20 < quality.score < 0.9
+    if kind == "speech":
+        assert quality.figures["cer"] == pytest.approx(100 * (1 - quality.score))
+    elif kind == "text":
+        shares = sum(float(batch.byte_shares_BS[:, 1:].sum()) for batch in batches)
+        assert quality.figures["bits_per_byte"] == pytest.approx(nats / shares / 0.6931472, rel=1e-5)
+    else:
+        assert quality.figures["loss"] == pytest.approx(nats / counted, rel=1e-5)
+
+
+def test_data_are_drawn_anew_by_the_seed_and_alike_by_the_same(texts: Path, text_folder: Callable[..., Path]) -> None:
+    host = open_host(text_folder())
+    first, again, other = (host.read(str(texts), 200, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a.tokens_BS, b.tokens_BS) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0].tokens_BS, other[0].tokens_BS)
+    assert 200 <= sum(int(batch.lengths_B.sum()) for batch in first) < 200 + 16 * 32
+
+
+def test_an_encoder_of_texts_hides_the_same_tokens_each_time(texts: Path, text_folder: Callable[..., Path]) -> None:
+    host = open_host(text_folder(causal=False))
+    batches = host.read(str(texts), 200, seed=0)
+    assert host.quality(batches) == host.quality(batches)
+    assert 0 < host.predict(batches[0]).count().counted < 0.4 * int(batches[0].lengths_B.sum())
+
+
+def test_folders_that_cannot_be_converted_are_named(tmp_path: Path, huggingface_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(MoleError, match=r"config\.json: no such file"):
+        open_host(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(MoleError, match="neither a model of ours nor"):
+        open_host(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["Nothing"]}')
+    with pytest.raises(MoleError, match="names no model of transformers"):
+        open_host(tmp_path)
+    folder = huggingface_folder("bert")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"hidden_act": "gelu_new"}))
+    with pytest.raises(MoleError, match="slices know no activation"):
+        open_host(folder)
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(MoleError, match="cannot read it"):
+        open_host(folder)
+
+
+def test_damaged_slices_are_named(tmp_path: Path, huggingface_folder: Callable[[str], Path]) -> None:
+    host = open_host(huggingface_folder("llama"))
+    slice_all(host, Cut("contiguous", 4, 2, "centroid"))
+    host.save(tmp_path / "sliced")
+    described = json.loads((tmp_path / "sliced/sliced.json").read_text())
+    described["sliced"]["model.layers.0.mlp"]["slices"] = 5
+    (tmp_path / "sliced/sliced.json").write_text(json.dumps(described))
+    with pytest.raises(MoleError, match=r"does not fit sliced\.json"):
+        open_host(tmp_path / "sliced")
+    (tmp_path / "sliced/sliced.safetensors").unlink()
+    described["sliced"]["model.layers.0.mlp"]["slices"] = 4
+    (tmp_path / "sliced/sliced.json").write_text(json.dumps(described))
+    with pytest.raises(MoleError, match=r"sliced\.safetensors: cannot be read"):
+        open_host(tmp_path / "sliced")
+
+
+def test_a_missing_transformers_is_named(
+    huggingface_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = huggingface_folder("bert")
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(MoleError, match=r"pip install 'mole-asr\[huggingface\]'"):
+        open_host(folder)
