@@ -39,6 +39,7 @@ VERBS = {
     "extend": Verb("mole_asr.asr.extend:extend", "make room for new languages in a trained model"),
     "prune": Verb("mole_asr.asr.prune:prune", "a smaller model of some of the languages"),
     "convert moefy": Verb("mole_asr.convert.moefy:moefy", "a trained model that computes some of its neurons"),
+    "convert factor": Verb("mole_asr.convert.factor:factor", "a trained model in few slices, trained for a short time"),
     "convert dense": Verb("mole_asr.convert.dense:dense", "a model of slices, dense again"),
     "generate": Verb("mole_asr.text.generate:generate", "text that a language model writes on behind a prompt"),
     "perplexity": Verb("mole_asr.text.perplexity:perplexity", "bits a byte of texts by a language model"),

@@ -89,6 +89,8 @@ class HuggingFaceHost(Host):
         try:
             for name, values in json.loads((self.folder / SLICES).read_text(encoding="utf-8"))["sliced"].items():
                 self.put(name, SlicedLayer(SliceConfig(**values)))
+            for dense in self._removed.values():
+                dense.to("meta")  # only what they were like is of use
             tensors = load_file(path)
             for name, tensor in tensors.items():
                 place, _, leaf = name.rpartition(".")
@@ -125,12 +127,12 @@ class HuggingFaceHost(Host):
         return module
 
     def put(self, name: str, layer: SlicedLayer) -> None:
-        """Replaces a dense part; what it was is kept without its weights."""
+        """Replaces a dense part."""
         slot, place = self.slots[name], self._linear(self.slots[name].last).weight.device
-        self._removed[name] = self.model.get_submodule(name).to("meta")
+        self._removed[name] = self.model.get_submodule(name)
         self.model.set_submodule(name, SlicedFeedForward(layer.to(place)))
         if not slot.last.startswith(f"{name}."):  # as in BERT, whose residual sum is in the module of the second map
-            self._removed[slot.last] = self.model.get_submodule(slot.last).to("meta")
+            self._removed[slot.last] = self.model.get_submodule(slot.last)
             self.model.set_submodule(slot.last, nn.Identity())
 
     def put_dense(self, name: str, layer: SlicedLayer) -> None:

@@ -1,0 +1,273 @@
+"""The verbs as the command line runs them, and the trainings behind them."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mole_asr import cli
+from mole_asr.convert.factor import EndToEndRouter, factor, route_loss, train_slices
+from mole_asr.convert.host import Host, open_host
+from mole_asr.convert.moefy import moefy
+from mole_asr.convert.slicing import Cut, identity_error, output_error, slice_parts
+from mole_asr.convert.training import distillation_loss, relu_adaptation, train
+from mole_asr.errors import MoleError
+from mole_asr.moe import PseudoLabelRouter
+from mole_asr.moe.experts import feed_forward
+from mole_asr.moe.losses import pseudo_label_loss
+from mole_asr.moe.pseudo_labels import prior_approximate_labels
+
+
+def sliced_host(folder: Path, cut: Cut, data: str | None = None) -> tuple[Host, dict[str, Any]]:
+    host = open_host(folder)
+    parts = host.parts()
+    rows = None if data is None else host.record(host.read(data, 300, 0))
+    for name, layer in slice_parts(parts, cut, rows).items():
+        host.put(name, layer)
+    return host, parts
+
+
+# --- the command line
+
+
+def run(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def test_a_language_model_goes_in_and_out(
+    text_folder: Callable[..., Path], texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, options = text_folder(), ["--slices", "8", "--data", texts, "--test", texts, "--rows", "600"]
+    assert run("convert", "moefy", folder, tmp_path / "moefied", *options) == 0
+    shown = capsys.readouterr().out
+    assert "blocks.1.feed_forward  2 of 8 slices of 4 neurons, swiglu, output error 0." in shown
+    assert re.search(r"dense \d.* ms, dense in tiles .* ms, sliced .* ms: \d.* times as fast", shown)
+    assert re.search(r"bits_per_byte \d\S* -> \d\S*; right 0\.\d+ -> 0\.\d+ \(", shown)
+    assert run("generate", tmp_path / "moefied", "the", "--tokens", 5) == 0
+    assert run("perplexity", tmp_path / "moefied", texts) == 0
+    assert run("convert", "dense", tmp_path / "moefied", tmp_path / "dense") == 0
+    for name in ("config.json", "languages.json", "model.safetensors"):
+        assert (tmp_path / "dense" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_recogniser_goes_in_and_out(speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cuts, out = speech / "cuts.jsonl", tmp_path / "out"
+    words = ["--slices", 4, "--data", cuts, "--test", cuts, "--rows", 200]
+    assert (
+        run("convert", "moefy", speech / "model", out / "a", *words, "--relu-steps", 2, "--split", "coactivation") == 0
+    )
+    assert "1 of 4 slices of 8 neurons, relu" in capsys.readouterr().out
+    assert run("transcribe", out / "a" / "..", "--model", out / "a") == 1  # no recording there
+    assert run("transcribe", speech / "0.wav", "--model", out / "a", "--output", out) == 0
+    assert (out / "0.txt").exists()
+    assert run("convert", "factor", speech / "model", out / "b", *words, "--steps", 2) == 0
+    assert run("transcribe", speech / "0.wav", "--model", out / "b", "--output", out) == 0
+    assert run("convert", "dense", out / "b", out / "c") == 0
+
+
+def test_a_hugging_face_model_goes_in_and_out(
+    huggingface_folder: Callable[[str], Path], texts: Path, tmp_path: Path
+) -> None:
+    folder = huggingface_folder("bert")
+    words = ["--slices", "4", "--data", texts, "--test", texts, "--rows", "300"]
+    assert run("convert", "moefy", folder, tmp_path / "a", *words, "--relu-steps", "2", "--lr", "1e-4") == 0
+    assert run("convert", "factor", folder, tmp_path / "b", *words, "--steps", "2") == 0
+    assert run("convert", "dense", tmp_path / "a", tmp_path / "c") == 0
+    from transformers import AutoModelForMaskedLM
+
+    dense = AutoModelForMaskedLM.from_pretrained(tmp_path / "c")
+    ids = torch.arange(10)[None]
+    host = open_host(tmp_path / "a")
+    for layer in host.layers().values():
+        layer.choose_router("oracle", 4)
+    with torch.no_grad():
+        torch.testing.assert_close(host.model(ids).logits, dense(ids).logits, atol=1e-4, rtol=0)
+    assert dense.config.hidden_act == "relu"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["moefy", "MODEL", "MODEL", "--router", "centroid"], "is the old model"),
+        (["moefy", "MODEL", "OUT"], "--data: is missing"),
+        (["moefy", "MODEL", "OUT", "--router", "oracle", "--relu-steps", "5"], "--data: is missing"),
+        (["moefy", "MODEL", "OUT", "--router", "oracle", "--slices", "7"], "32 neurons cannot be cut into 7"),
+        (["moefy", "MODEL", "OUT", "--router", "oracle", "--slices", "0"], "--slices 0: must be positive"),
+        (["moefy", "MODEL", "OUT", "--router", "oracle", "--share", "1.5"], "--share 1.5: must be above 0"),
+        (["moefy", "MODEL", "OUT", "--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+        (["moefy", "nowhere", "OUT", "--router", "oracle"], "nowhere/config.json: no such file"),
+        (["factor", "MODEL", "OUT", "--data", "TEXTS", "--lr", "1e30", "--steps", "9"], "give a lower learning rate"),
+        (["dense", "MODEL", "OUT"], "has no slices; it is dense already"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(
+    words: list[str],
+    message: str,
+    text_folder: Callable[..., Path],
+    texts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"MODEL": str(text_folder()), "OUT": str(tmp_path / "out"), "TEXTS": str(texts)}
+    assert run("convert", *(places.get(word, word) for word in words)) == 1
+    shown = capsys.readouterr().err.strip()
+    assert message in shown and "\n" not in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_sliced_is_not_sliced_again(text_folder: Callable[..., Path], texts: Path, tmp_path: Path) -> None:
+    moefy(str(text_folder()), str(tmp_path / "a"), router="centroid", slices=4)
+    with pytest.raises(MoleError, match="has no dense feed-forward part to cut"):
+        moefy(str(tmp_path / "a"), str(tmp_path / "b"), router="centroid")
+    with pytest.raises(MoleError, match="has no dense feed-forward part to cut"):
+        factor(str(tmp_path / "a"), str(tmp_path / "b"), data=str(texts))
+
+
+# --- identity, and how much is lost
+
+
+def test_the_identity_check_notices_a_wrong_neuron(text_folder: Callable[..., Path]) -> None:
+    host = open_host(text_folder())
+    part = host.parts()["blocks.0.feed_forward"]
+    layer = slice_parts({"a": part}, Cut("random", 4, 1, "oracle"))["a"]
+    assert identity_error(part, layer) < 1e-12
+    with torch.no_grad():
+        layer.experts.w1_EFD[0, 0, 0] += 1e-3
+    assert identity_error(part, layer) > 1e-6
+
+
+def test_more_slices_and_the_oracle_lose_less(text_folder: Callable[..., Path], texts: Path) -> None:
+    host = open_host(text_folder(activation="relu"))
+    rows = host.record(host.read(str(texts), 400, 0))
+    name, part = next(iter(host.parts().items()))
+    layer = slice_parts({name: part}, Cut("clusters", 8, 1, "oracle"), rows)[name]
+    errors = []
+    for active in (1, 2, 4, 8):
+        layer.choose_router("oracle", active)
+        errors.append(output_error(part, layer, rows[name]))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-5
+    layer.choose_router("oracle", 2)
+    best = output_error(part, layer, rows[name])
+    layer.choose_router("linear", 2)
+    assert best < errors[0] and best < output_error(part, layer, rows[name])
+
+
+# --- trainings
+
+
+def test_adaptation_brings_the_relu_model_back_to_the_old_one(text_folder: Callable[..., Path], texts: Path) -> None:
+    old, host = open_host(text_folder(activation="gelu")), open_host(text_folder(activation="gelu"))
+    for each in (old, host):  # weights large enough that the activation matters
+        for name, parameter in each.model.named_parameters():
+            if "feed_forward." in name:
+                parameter.data.mul_(4)
+    batches = host.read(str(texts), 600, 0)
+    changed = host.clone()
+    changed.set_activation({"gelu": "relu"})
+    losses = relu_adaptation(host, batches, steps=30, lr=3e-3)
+    assert len(losses) == 30 and {part.activation for part in host.parts().values()} == {"relu"}
+
+    def distance(other: Host) -> float:
+        with torch.no_grad():
+            each = [distillation_loss(other.predict(batch), old.predict(batch)) for batch in batches]
+        return float(sum(each)) / len(each)
+
+    assert distance(host) < 0.7 * distance(changed)
+    assert distance(old) == pytest.approx(0, abs=1e-6)
+
+
+def test_training_stops_where_it_cannot_go_on(text_folder: Callable[..., Path]) -> None:
+    host = open_host(text_folder())
+    with pytest.raises(MoleError, match="nothing to train on"):
+        train(host.model, [{"params": host.model.parameters(), "lr": 1.0}], [], lambda batch: torch.zeros(()), 3)
+
+
+def test_every_batch_is_seen_before_one_is_seen_again(text_folder: Callable[..., Path]) -> None:
+    host, seen = open_host(text_folder()), []
+
+    def loss_of(batch: int) -> torch.Tensor:
+        seen.append(batch)
+        return host.model.embedding.weight.sum()
+
+    assert len(train(host.model, [{"params": host.model.parameters(), "lr": 1e-9}], [0, 1, 2], loss_of, 7, seed=1)) == 7
+    assert sorted(seen[:3]) == sorted(seen[3:6]) == [0, 1, 2]
+
+
+def test_the_prior_router_learns_its_labels_and_nothing_else_changes(
+    text_folder: Callable[..., Path], texts: Path
+) -> None:
+    host, parts = sliced_host(text_folder(), Cut("random", 4, 1, "linear"))
+    batches = host.read(str(texts), 900, 0)
+    rows_of = open_host(text_folder()).record(batches)
+    before = {name: tensor.clone() for name, tensor in host.model.state_dict().items()}
+
+    def distance() -> float:
+        layers = host.layers()
+        each = [
+            route_loss(layers[name], parts[name], rows_of[name], layers[name].router(rows_of[name])) for name in parts
+        ]
+        return float(sum(loss.detach() for loss in each))
+
+    first = distance()
+    train_slices(host, parts, batches, "prior", steps=25, lr=1e-5, router_lr=3e-2)
+    assert distance() < first - 0.05
+    changed = {name for name, tensor in host.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if ".experts." in name or ".router." in name}
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in host.model.parameters())
+
+
+@pytest.mark.parametrize("learning", ["prior", "end_to_end", "untrained", "oracle"])
+def test_who_trains_the_router(learning: Any, text_folder: Callable[..., Path], texts: Path) -> None:
+    kind = "prior_oracle" if learning == "oracle" else "linear"
+    host, parts = sliced_host(text_folder(), Cut("contiguous", 4, 2, kind))
+    batches = host.read(str(texts), 600, 0)
+    routers = {name: tensor.clone() for name, tensor in host.model.state_dict().items() if ".router." in name}
+    host_before = [host.quality(batches).figures["bits_per_byte"]]
+    train_slices(host, parts, batches, learning, steps=12, lr=1e-3)
+    moved = [not torch.equal(host.model.state_dict()[name], tensor) for name, tensor in routers.items()]
+    assert all(moved) == (learning in ("prior", "end_to_end", "oracle")) and any(moved) == (
+        learning in ("prior", "end_to_end")
+    )
+    assert host.quality(batches).figures["bits_per_byte"] < host_before[0]
+    assert not any(isinstance(layer.router, EndToEndRouter) for layer in host.layers().values())
+
+
+def test_the_end_to_end_router_computes_the_same_and_has_a_gradient() -> None:
+    torch.manual_seed(0)
+    plain, through = PseudoLabelRouter(6, 4, 2), EndToEndRouter(6, 4, 2)
+    through.load_state_dict(plain.state_dict())
+    x_ND = torch.randn(9, 6)
+    torch.testing.assert_close(through(x_ND).gates, plain(x_ND).gates)
+    assert torch.equal(through(x_ND).expert_ids, plain(x_ND).expert_ids)
+    values_NK = torch.randn(9, 2)
+    (through(x_ND).gates * values_NK).sum().backward()
+    p_NK = plain(x_ND).aux["probabilities"].gather(-1, plain(x_ND).expert_ids.long())
+    expected = torch.autograd.grad((2 * p_NK.log() * values_NK).sum(), plain.scores.weight)[0]
+    torch.testing.assert_close(through.scores.weight.grad, expected)
+
+
+def test_padding_is_in_no_route_loss(speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, parts = sliced_host(speech / "model", Cut("contiguous", 4, 1, "linear"))
+    batches = host.read(str(speech / "cuts.jsonl"), 200, 0)
+    valid = int(sum(len(host.predict(batch).outputs_NV) for batch in batches))
+    rows: list[int] = []
+    loss = lambda plan, labels: rows.append(len(labels)) or pseudo_label_loss(plan, labels)  # noqa: E731
+    monkeypatch.setattr("mole_asr.convert.factor.pseudo_label_loss", loss)
+    train_slices(host, parts, batches, "prior", steps=len(batches))
+    assert rows == [valid] * 3 and valid < sum(len(b) * int(b.audio_lengths_B.max()) // 640 for b in batches)
+
+
+def test_labels_come_from_the_dense_part_that_was(text_folder: Callable[..., Path]) -> None:
+    host, parts = sliced_host(text_folder(), Cut("random", 4, 2, "linear"))
+    name, layer = next(iter(host.layers().items()))
+    with torch.no_grad():
+        layer.experts.w2_EDF.mul_(torch.tensor([1.0, 3.0, -1.0, 0.1])[:, None, None])
+    x_ND = torch.randn(50, 16)
+    dense_ND = feed_forward(x_ND, parts[name].weights, parts[name].activation)
+    plan = layer.router(x_ND)
+    expected = pseudo_label_loss(plan, prior_approximate_labels(x_ND, layer.experts, 2, dense_ND))
+    torch.testing.assert_close(route_loss(layer, parts[name], x_ND, plan), expected)
+    assert expected != pseudo_label_loss(plan, prior_approximate_labels(x_ND, layer.experts, 2))
