@@ -68,7 +68,7 @@ def test_the_whole_command(
     recipe: dict[str, ModuleType], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = recipe["plan"].HERE
-    words = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--conditions", "prompts5-low"]
+    words = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--conditions", "prompts5-low", "--epochs", "1"]
     systems = ["--systems", "dense", "mole", "mole-true"]
     main = recipe["run"].main
     assert main([*words, *systems]) == 0

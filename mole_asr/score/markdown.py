@@ -3,10 +3,22 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 from mole_asr.files import write_text
 
 MARKS = ("<!-- tables: written by run.py -->", "<!-- end of tables -->")
+
+
+ABSENT = "–"
+
+
+def mean_and_spread(values: Sequence[float | None], digits: int = 1) -> str:
+    """Mean of what was measured and, of several, the standard deviation: "1.2 ± 0.1"; `ABSENT` where nothing was."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ABSENT
+    return f"{mean(known):.{digits}f}" + (f" ± {stdev(known):.{digits}f}" if len(known) > 1 else "")
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

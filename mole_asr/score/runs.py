@@ -78,6 +78,19 @@ def code_version(root: Path) -> str:
         return "unknown"
 
 
+def need_texts(folder: Path, source: str | None) -> None:
+    """Prepares texts in many languages, where they are missing.
+
+    Args:
+        folder: of the texts.
+        source: folder with their packages, where they are fetched already.
+    """
+    if not all((folder / f"texts_{split}.jsonl").exists() for split in ("train", "dev", "test")):
+        from mole_asr.data_prep.texts import prepare
+
+        prepare(folder, source=source)
+
+
 def recipe_parser(description: str, here: Path, data: str) -> argparse.ArgumentParser:
     """The options that every recipe has.
 

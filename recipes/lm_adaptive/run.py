@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from plan import BASE, HERE, SYSTEMS, System
@@ -19,7 +20,7 @@ from plan import BASE, HERE, SYSTEMS, System
 from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import code_version, recipe_parser, run_recipe, train
+from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
 from mole_asr.text.checkpoint import load_text_model
 from mole_asr.text.evaluate import evaluate
 from mole_asr.text.report import quality, training
@@ -42,14 +43,6 @@ def test_texts(data: Path) -> dict[str, Sequence[str]]:
     return {code: texts[code] for code in config()["data"]["languages"]}
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """The texts, where they are missing."""
-    if not (options.data / "texts_train.jsonl").exists():
-        from mole_asr.data_prep.texts import prepare
-
-        prepare(options.data, source=options.source)
-
-
 def measure(system: System, seed: int, options: argparse.Namespace, results: ResultFile) -> None:
     """Trains and evaluates one system, where results.json lacks it."""
     steps = options.steps or config()["trainer"]["max_steps"]
@@ -57,7 +50,7 @@ def measure(system: System, seed: int, options: argparse.Namespace, results: Res
         raise MoleError(f"{results.path}: its rows come from {others[0]} steps, not {steps}: give --steps {others[0]}")
     if results.select(system=system.name, seed=seed, kind="quality"):
         return
-    prepare(options)
+    need_texts(options.data, options.source)
     print(f"\n== {system.name}, seed {seed}", flush=True)
     folder = options.runs / system.name / f"seed{seed}"
     words = [f"--config={path}" for path in (BASE, system.config_path)]
@@ -76,9 +69,8 @@ def measure(system: System, seed: int, options: argparse.Namespace, results: Res
 def batch_of(texts: dict[str, Sequence[str]], settings: dict[str, Any], vocabulary: Any) -> TextBatch:
     """A batch of test windows as the training has them: of all languages."""
     windows = pack_windows(texts, list(texts), vocabulary, settings["window"], fill=True)
-    count = -(-settings["batch_windows"] // len(texts))
-    thinned = windows.thinned(count, seed=0)
-    return thinned.batch(torch.arange(len(thinned)).numpy()[: settings["batch_windows"]])
+    chosen = windows.thinned(-(-settings["batch_windows"] // len(texts)), seed=0)
+    return chosen.batch(np.arange(len(chosen))[: settings["batch_windows"]])
 
 
 def measure_speed(names: list[str], options: argparse.Namespace, results: ResultFile) -> None:

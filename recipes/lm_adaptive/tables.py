@@ -2,20 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
 from plan import REFERENCE, SYSTEMS
 
-from mole_asr.score.markdown import markdown_pictures, markdown_table, write_between_marks
+from mole_asr.score.markdown import (
+    ABSENT,
+    markdown_pictures,
+    markdown_table,
+    mean_and_spread,
+    write_between_marks,
+)
 from mole_asr.score.results import ResultFile, Row
 
 PICTURES = {
     "curves.svg": "bits a byte of the dev texts over seconds and over FLOPs of training",
     "shares.svg": "share of tokens with two experts in each layer, over the training",
 }
-_ABSENT = "–"
 STEP, BITS, _, CPU, FLOPS = range(5)  # columns of a curve
 
 
@@ -32,13 +37,8 @@ def _runs(results: ResultFile, system: str) -> list[Row]:
     return results.select(system=system, kind="quality")
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-    """Mean over seeds and the standard deviation between them."""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
 def _relative(value: float | None, reference: float | None, digits: int = 2) -> str:
-    return _ABSENT if value is None or not reference else f"{value / reference:.{digits}f}x"
+    return ABSENT if value is None or not reference else f"{value / reference:.{digits}f}x"
 
 
 def _two_experts(row: Row) -> float:
@@ -53,7 +53,7 @@ def _equal_steps(results: ResultFile, systems: list[str]) -> str:
     lines = []
     for name in systems:
         runs = _runs(results, name)
-        cells = [SYSTEMS[name].title, _spread([row["bits_per_byte"] for row in runs], 3)]
+        cells = [SYSTEMS[name].title, mean_and_spread([row["bits_per_byte"] for row in runs], 3)]
         cells.append(f"{100 * mean(map(_two_experts, runs)):.1f} %")
         for key, unit in (("flops", 1e6), ("feed_forward_flops", 1e6)):
             value = mean(row[key] for row in runs)
@@ -61,7 +61,7 @@ def _equal_steps(results: ResultFile, systems: list[str]) -> str:
         for key in ("step_ms", "forward_ms"):
             value = speed.get(name, {}).get(key)
             relative = _relative(value, speed.get(REFERENCE, {}).get(key))
-            cells.append(_ABSENT if value is None else f"{value:.0f} ms ({relative})")
+            cells.append(ABSENT if value is None else f"{value:.0f} ms ({relative})")
         seconds = mean(row["cpu_seconds"] for row in runs)
         cells.append(f"{seconds:.0f} s ({_relative(seconds, _mean(reference, 'cpu_seconds'))})")
         cells.append(f"{runs[0]['active_parameters'] / 1e6:.2f} / {runs[0]['total_parameters'] / 1e6:.2f}")
@@ -104,7 +104,7 @@ def _equal_loss(results: ResultFile, systems: list[str]) -> str:
             reference = found[REFERENCE][column] if REFERENCE in found else None
             cells.append(f"{point[column] / unit:.0f} {label} ({_relative(point[column], reference)})")
         own = timed.get(name)
-        cells.append(_ABSENT if own is None else f"{own:.0f} s ({_relative(own, timed.get(REFERENCE))})")
+        cells.append(ABSENT if own is None else f"{own:.0f} s ({_relative(own, timed.get(REFERENCE))})")
         lines.append(cells)
     return markdown_table(header, lines)
 

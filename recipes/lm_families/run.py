@@ -17,7 +17,7 @@ from plan import CONDITIONS, HERE, START, SYSTEMS, Condition, System, read
 from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import code_version, recipe_parser, run_recipe, train
+from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
 from mole_asr.text.checkpoint import LanguageModel, load_text_model
 from mole_asr.text.evaluate import Evaluation, evaluate
 from mole_asr.text.report import quality, training
@@ -25,14 +25,6 @@ from mole_asr.text.upcycle import upcycle
 
 FEW = 2  # windows of each language, to see that a model starts as the dense one
 _SPLITS = {"train": "train", "valid": "dev"}
-
-
-def prepare(options: argparse.Namespace) -> None:
-    """The texts, where they are missing."""
-    if not (options.data / "texts_train.jsonl").exists():
-        from mole_asr.data_prep.texts import prepare
-
-        prepare(options.data, source=options.source)
 
 
 def fit_words(condition: Condition, seed: int, stage: str, options: argparse.Namespace) -> list[str]:
@@ -58,7 +50,7 @@ def measure(
                 f"{results.path}: {name} was trained for {old[0]['steps']} steps, not {steps}: give --steps"
             )
         return
-    prepare(options)
+    need_texts(options.data, options.source)
     print(f"\n== {condition.title}, {name}, seed {seed}", flush=True)
     folder = options.runs / condition.name / name / f"seed{seed}"
     start = options.runs / condition.name / START / f"seed{seed}" / "model"

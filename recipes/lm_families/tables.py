@@ -1,19 +1,23 @@
 """The tables of README.md, from results.json alone."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from plan import CONDITIONS, DENSE, EVERYWHERE, START, SYSTEMS, Condition
 
-from mole_asr.score.markdown import markdown_pictures, markdown_table, write_between_marks
+from mole_asr.score.markdown import (
+    ABSENT,
+    markdown_pictures,
+    markdown_table,
+    mean_and_spread,
+    write_between_marks,
+)
 from mole_asr.score.results import ResultFile, Row
 
 PICTURES = {
     "spread.svg": "entropy of the experts that a language uses, and purity of the experts, by layer",
     "languages.svg": "bits a byte of each language, less those of the dense model",
 }
-_ABSENT = "–"
 _BEFORE = "dense, before"
 
 
@@ -38,14 +42,6 @@ def runs_of(results: ResultFile, condition: str, system: str) -> list[Row]:
     return results.select(condition=condition, system=system)
 
 
-def _spread(values: Sequence[float | None], digits: int) -> str:
-    """Mean over seeds and the standard deviation between them."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return _ABSENT
-    return f"{mean(known):.{digits}f}" + (f" ± {stdev(known):.{digits}f}" if len(known) > 1 else "")
-
-
 def _main(runs: dict[str, list[Row]]) -> str:
     header = ["bits a byte", "major", "minor", "all", "all − dense", "change at the start"]
     header += ["FLOPs a token", "active / total M", "training, CPU s"]
@@ -53,11 +49,11 @@ def _main(runs: dict[str, list[Row]]) -> str:
     lines = []
     for name, rows in runs.items():
         cells = [SYSTEMS[name].title if name in SYSTEMS else _BEFORE]
-        cells += [_spread([row[key] for row in rows], 3) for key in ("major", "minor", "bits_per_byte")]
+        cells += [mean_and_spread([row[key] for row in rows], 3) for key in ("major", "minor", "bits_per_byte")]
         differences = [row["bits_per_byte"] - dense[row["seed"]] for row in rows if row["seed"] in dense]
-        mean_difference = f"{mean(differences):+.3f}" if differences and name not in (DENSE, START) else _ABSENT
+        mean_difference = f"{mean(differences):+.3f}" if differences and name not in (DENSE, START) else ABSENT
         shift = max((row.get("start_shift", 0.0) for row in rows), key=abs)
-        cells += [mean_difference, _ABSENT if name == START else f"{shift:+.5f}"]
+        cells += [mean_difference, ABSENT if name == START else f"{shift:+.5f}"]
         one = rows[0]
         cells.append(f"{mean(row['flops'] for row in rows) / 1e6:.2f} M")
         cells.append(f"{one['active_parameters'] / 1e6:.2f} / {one['total_parameters'] / 1e6:.2f}")
@@ -87,4 +83,4 @@ def _numbered(row: Row) -> list[tuple[int, Row]]:
 
 
 def _cell(value: float | None) -> str:
-    return _ABSENT if value is None else f"{value:.2f}"
+    return ABSENT if value is None else f"{value:.2f}"

@@ -3,9 +3,8 @@
 Letters: N utterances, C columns of counts (errors and lengths of two systems).
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 from plan import CONDITIONS, SYSTEMS, Condition
@@ -13,7 +12,13 @@ from results import Results, detail_key
 
 from mole_asr.score.bootstrap import Difference
 from mole_asr.score.groups import METRICS, Group, Macro, differences
-from mole_asr.score.markdown import markdown_pictures, markdown_table, write_between_marks
+from mole_asr.score.markdown import (
+    ABSENT,
+    markdown_pictures,
+    markdown_table,
+    mean_and_spread,
+    write_between_marks,
+)
 from mole_asr.score.results import Row, macro
 
 RIVALS = {"dense": "dense", "lr-moe": "LR-MoE"}
@@ -23,7 +28,6 @@ PICTURES = {
     "experts.svg": "what each expert computes",
     "gradients.svg": "norms of the gradients of MoLE's experts over the training",
 }
-_ABSENT = "–"
 
 
 def write_tables(results: Results, readme: Path) -> str:
@@ -60,14 +64,6 @@ def runs_of(results: Results, system: str, condition: str, test_set: str) -> dic
     return dict(sorted(found.items()))
 
 
-def _spread(values: Sequence[float | None], digits: int = 1) -> str:
-    """Mean over seeds and the standard deviation between them."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return _ABSENT
-    return f"{mean(known):.{digits}f}" + (f" ± {stdev(known):.{digits}f}" if len(known) > 1 else "")
-
-
 def _main(results: Results, condition: Condition, systems: list[str]) -> str:
     header = ["system", "active / total M", "WER %", "CER %"]
     header += ["low-resource WER %", "low-resource CER %"] if condition.low else []
@@ -78,13 +74,13 @@ def _main(results: Results, condition: Condition, systems: list[str]) -> str:
         all_rows = [rows["all"] for rows in runs]
         one = all_rows[0]
         cells = [SYSTEMS[system].title, f"{one['active_parameters'] / 1e6:.2f} / {one['total_parameters'] / 1e6:.2f}"]
-        cells += [_spread([macro(rows, key) for rows in runs]) for key in ("wer", "cer")]
+        cells += [mean_and_spread([macro(rows, key) for rows in runs]) for key in ("wer", "cer")]
         if condition.low:
-            cells += [_spread([macro(rows, key, condition.low) for rows in runs]) for key in ("wer", "cer")]
-        cells.append(_spread([macro(rows, "language_id_accuracy") for rows in runs]))
-        cells.append(_spread([row["ece"] for row in all_rows], 3))
-        cells.append(_spread([100 * (row["wrong_script_share"] or 0) for row in all_rows], 2))
-        cells.append(_spread([row["train_seconds"] / 60 for row in all_rows]))
+            cells += [mean_and_spread([macro(rows, key, condition.low) for rows in runs]) for key in ("wer", "cer")]
+        cells.append(mean_and_spread([macro(rows, "language_id_accuracy") for rows in runs]))
+        cells.append(mean_and_spread([row["ece"] for row in all_rows], 3))
+        cells.append(mean_and_spread([100 * (row["wrong_script_share"] or 0) for row in all_rows], 2))
+        cells.append(mean_and_spread([row["train_seconds"] / 60 for row in all_rows]))
         cells += [f"{mean(row['real_time_factor'] for row in all_rows):.4f}", str(len(all_rows))]
         lines.append(cells)
     return markdown_table(header, lines)
@@ -95,7 +91,7 @@ def _differences(results: Results, condition: Condition, systems: list[str]) -> 
     lines = []
     for system in systems:
         found = [compare(results, condition.name, system, rival) for rival in RIVALS]
-        cells = [_ABSENT if each is None else _points(each[metric]) for metric in METRICS for each in found]
+        cells = [ABSENT if each is None else _points(each[metric]) for metric in METRICS for each in found]
         lines.append([SYSTEMS[system].title, *cells])
     return markdown_table(header, lines)
 
@@ -109,7 +105,8 @@ def _by_language(results: Results, condition: Condition, systems: list[str]) -> 
     for system, seeds in runs.items():
         cells = [
             " / ".join(
-                _spread([rows[code][key] for rows in seeds.values()]).partition(" ")[0] for key in ("wer", "cer")
+                mean_and_spread([rows[code][key] for rows in seeds.values()]).partition(" ")[0]
+                for key in ("wer", "cer")
             )
             for code in codes
         ]
@@ -124,11 +121,13 @@ def _other_tests(results: Results, condition: Condition, systems: list[str], tes
         for test in tests:
             runs = runs_of(results, system, condition.name, test).values()
             wer, cer, right = (
-                _spread([macro(rows, key) for rows in runs]) for key in ("wer", "cer", "language_id_accuracy")
+                mean_and_spread([macro(rows, key) for rows in runs]) for key in ("wer", "cer", "language_id_accuracy")
             )
             all_rows = [rows["all"] for rows in runs]
-            means = [_spread([row[f"reliability_{which}"] for row in all_rows], 2) for which in ("right", "wrong")]
-            cells += [f"{wer} / {cer}", right, _spread([row["ece"] for row in all_rows], 3), " / ".join(means)]
+            means = [
+                mean_and_spread([row[f"reliability_{which}"] for row in all_rows], 2) for which in ("right", "wrong")
+            ]
+            cells += [f"{wer} / {cer}", right, mean_and_spread([row["ece"] for row in all_rows], 3), " / ".join(means)]
         lines.append(cells)
     names = [
         name for test in tests for name in (f"{test}: WER / CER %", "language ID %", "ECE of r", "r right / wrong")
