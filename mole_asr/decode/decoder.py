@@ -83,16 +83,17 @@ class CtcDecoder:
         """
         neural = self.fusion is not None or self.rescorer is not None
         searched = [row for row, code in enumerate(languages) if self.beam and (neural or code in self.ngrams)]
-        found: dict[int, list[int]] = {}
-        for start in range(0, len(searched), _TOGETHER):
-            rows = searched[start : start + _TOGETHER]
-            nbests = self.nbest([log_probs[row] for row in rows], [languages[row] for row in rows])
-            found |= {row: list(nbest[0].ids) for row, nbest in zip(rows, nbests, strict=True)}
+        nbests = self.nbest([log_probs[row] for row in searched], [languages[row] for row in searched])
+        found = {row: list(nbest[0].ids) for row, nbest in zip(searched, nbests, strict=True)}
         return [found[row] if row in found else _greedy(frames_TV) for row, frames_TV in enumerate(log_probs)]
 
     def nbest(self, log_probs: Sequence[np.ndarray], languages: Sequence[str]) -> list[list[Hypothesis]]:
         """The hypotheses of each utterance, best first, at most `beam`; arguments as those of `decode`."""
         ngrams = [self.ngrams.get(code) for code in languages]
+        parts = [slice(start, start + _TOGETHER) for start in range(0, len(log_probs), _TOGETHER)]
+        return [nbest for part in parts for nbest in self._nbest(log_probs[part], ngrams[part])]
+
+    def _nbest(self, log_probs: Sequence[np.ndarray], ngrams: Sequence[TokenNgram | None]) -> list[list[Hypothesis]]:
         if self.fusion is not None:
             self.fusion.forget()
         if self.rescorer is None:

@@ -19,11 +19,12 @@ FOLD_ACCENTS = ("es",)  # the Spanish prompts are written without most of them
 LEAST_WORDS = 4  # a shorter sentence may stand within another by chance: "press one"
 # The prompts are 80 thousand letters, the other texts are 3 million of another kind.
 REPEAT = 16
+KINDS = ("held_out", "holds_held_out", "other_letters")  # of texts that are left out
 Texts = dict[str, list[str]]
 Counts = Counter[tuple[str, str]]  # of (language and source, what became of a text)
 
 
-def write_texts(prompts: Path, texts: Path, output: Path) -> str:
+def write_texts(prompts: Path, texts: Path, output: Path) -> list[dict[str, str | int]]:
     """Writes `train.jsonl` and `dev.jsonl` for `mole-asr fit`.
 
     Args:
@@ -32,7 +33,8 @@ def write_texts(prompts: Path, texts: Path, output: Path) -> str:
         output: folder to write.
 
     Returns:
-        A table of what was taken and what was left out.
+        A row a language: `prompts` and `texts` that were taken, and of both, those that were left out: `held_out`,
+        `holds_held_out`, `other_letters`.
     """
     train, dev, test = (_prompts(prompts / f"cuts_{split}.jsonl") for split in ("train", "dev", "test"))
     held_out = {_folded(text, code) for part in (dev, test) for code, each in part.items() for text in each}
@@ -48,7 +50,10 @@ def write_texts(prompts: Path, texts: Path, output: Path) -> str:
     random.Random(0).shuffle(lines)  # prompts among the others, in every window
     _write(output / "train.jsonl", lines)
     _write(output / "dev.jsonl", [{"text": text, "language": code} for code, each in dev.items() for text in each])
-    return _table(counts, list(train))
+    kept = {code: {source: counts[f"{code} {source}", "kept"] for source in ("prompts", "texts")} for code in train}
+    return [
+        {"language": code, **kept[code], **{kind: _left_out(counts, code, kind) for kind in KINDS}} for code in train
+    ]
 
 
 def _prompts(manifest: Path) -> Texts:
@@ -77,11 +82,11 @@ def _without(
     for text in texts:
         folded = _folded(text, language)
         if folded in held_out:
-            kind = "held out"
+            kind = "held_out"
         elif any(sentence in f" {folded} " for sentence in long):
-            kind = "holds a held-out one"
+            kind = "holds_held_out"
         elif not alphabet.issuperset(text):
-            kind = "other letters"
+            kind = "other_letters"
         else:
             kind = "kept"
             kept.append(text)
@@ -89,13 +94,9 @@ def _without(
     return kept
 
 
+def _left_out(counts: Counts, language: str, kind: str) -> int:
+    return sum(counts[f"{language} {source}", kind] for source in ("prompts", "texts"))
+
+
 def _write(path: Path, lines: list[dict[str, str]]) -> None:
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def _table(counts: Counts, languages: list[str]) -> str:
-    kinds = ("kept", "held out", "holds a held-out one", "other letters")
-    lines = [f"{'':12}" + "".join(f"{kind:>22}" for kind in kinds)]
-    for name in (f"{code} {source}" for code in languages for source in ("prompts", "texts")):
-        lines.append(f"{name:12}" + "".join(f"{counts[name, kind]:22}" for kind in kinds))
-    return "\n".join(lines)

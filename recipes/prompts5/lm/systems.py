@@ -1,0 +1,88 @@
+"""The ways of decoding that are compared, and how their weights are chosen on the dev split."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mole_asr.decode.beam import Hypothesis, Weights
+from mole_asr.decode.decoder import CtcDecoder, LmMode
+
+
+@dataclass(frozen=True)
+class System:
+    """A way of decoding.
+
+    Attributes:
+        title: for tables.
+        mode: of the language model; None without one.
+        start: where the choice of weights begins; those that are 0 stay 0.
+        beam: prefixes of the search; 0 for greedy, None for the default.
+    """
+
+    title: str
+    mode: LmMode | None
+    start: Weights
+    beam: int | None = None
+
+
+SYSTEMS = {
+    "greedy": System("greedy", None, Weights(0, 0, 0), beam=0),
+    "beam": System("beam search", None, Weights(0, 0, 0)),
+    "ngram": System("beam search, n-grams (the default)", None, Weights(0.4, 0, 0.9)),
+    "rescore": System("beam search, rescored", "rescore", Weights(0, 0.4, 0.9)),
+    "ngram-rescore": System("n-grams, rescored", "rescore", Weights(0.4, 0.4, 1.2)),
+    "fusion": System("fusion", "fusion", Weights(0, 0.4, 0.9)),
+    "ngram-fusion": System("n-grams and fusion", "fusion", Weights(0.4, 0.4, 1.2)),
+}
+STEPS = {"ngram": 0.1, "lm": 0.1, "bonus": 0.3}
+Rates = tuple[float, float]
+
+
+def choose(start: Weights, rates: Callable[[Weights], Rates]) -> tuple[Weights, Rates]:
+    """Moves one weight after the other by a step while that lowers the error rates, until no step does.
+
+    Args:
+        start: weights to begin with; those that are 0 stay 0.
+        rates: macro word and character error rate on the dev split; the latter decides between equal former ones.
+    """
+    best, lowest = start, rates(start)
+    free = [name for name in STEPS if getattr(start, name)]
+    tried = {start}
+    improved = True
+    while improved:
+        improved = False
+        for name in free:
+            for step in (STEPS[name], -STEPS[name]):
+                while True:
+                    weights = replace(best, **{name: round(getattr(best, name) + step, 3)})
+                    if getattr(weights, name) <= 0 or weights in tried:
+                        break
+                    tried.add(weights)
+                    found = rates(weights)
+                    if found >= lowest:
+                        break
+                    best, lowest, improved = weights, found, True
+    return best, lowest
+
+
+class Lists:
+    """The n-best lists of the dev split for any weights; what the weights do not change is not computed again."""
+
+    def __init__(self, decoder: CtcDecoder, log_probs: list[np.ndarray], languages: list[str]) -> None:
+        self.decoder, self.log_probs, self.languages = decoder, log_probs, languages
+        self._first_pass: dict[float, list[list[Hypothesis]]] = {}
+
+    def best(self, weights: Weights) -> list[tuple[int, ...]]:
+        """Token ids of each utterance."""
+        self.decoder.weights = weights
+        if not self.decoder.beam:
+            return [tuple(ids) for ids in self.decoder.decode(self.log_probs, self.languages)]
+        if self.decoder.rescorer is None:
+            return [nbest[0].ids for nbest in self.decoder.nbest(self.log_probs, self.languages)]
+        if weights.ngram not in self._first_pass:
+            self._first_pass[weights.ngram] = self.decoder.nbest(self.log_probs, self.languages)
+        return [
+            min(nbest, key=lambda each: (-each.total(weights), each.ids)).ids
+            for nbest in self._first_pass[weights.ngram]
+        ]
