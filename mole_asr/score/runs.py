@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
@@ -89,6 +90,17 @@ def need_texts(folder: Path, source: str | None) -> None:
         from mole_asr.data_prep.texts import prepare
 
         prepare(folder, source=source)
+
+
+def step_words(steps: int, trainer: Mapping[str, Any]) -> list[str]:
+    """Words for `mole-asr fit` to make another number of steps; a short training is validated and logged too.
+
+    Args:
+        steps: to make.
+        trainer: what the configs say of it.
+    """
+    often = {key: min(steps, trainer[key]) for key in ("val_check_interval", "log_every_n_steps")}
+    return [f"--trainer.{key}={value}" for key, value in {"max_steps": steps, **often}.items()]
 
 
 def recipe_parser(description: str, here: Path, data: str) -> argparse.ArgumentParser:

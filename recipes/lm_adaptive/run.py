@@ -20,7 +20,7 @@ from plan import BASE, HERE, SYSTEMS, System
 from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
+from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, step_words, train
 from mole_asr.text.checkpoint import load_text_model
 from mole_asr.text.evaluate import evaluate
 from mole_asr.text.report import quality, training
@@ -54,7 +54,8 @@ def measure(system: System, seed: int, options: argparse.Namespace, results: Res
     print(f"\n== {system.name}, seed {seed}", flush=True)
     folder = options.runs / system.name / f"seed{seed}"
     words = [f"--config={path}" for path in (BASE, system.config_path)]
-    words += [*system.words, f"--data.seed={seed}", f"--trainer.max_steps={steps}"]
+    words += [*system.words, f"--data.seed={seed}"]
+    words += [f"--trainer.max_steps={steps}"] if options.steps is None else step_words(steps, config()["trainer"])
     texts = {f"--data.{key}_texts": options.data / f"texts_{split}.jsonl" for key, split in _SPLITS.items()}
     train(folder, words + [f"{key}={path}" for key, path in texts.items()])
     model = load_text_model(folder / "model")

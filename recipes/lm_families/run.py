@@ -17,7 +17,7 @@ from plan import CONDITIONS, HERE, START, SYSTEMS, Condition, System, read
 from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
+from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, step_words, train
 from mole_asr.text.checkpoint import LanguageModel, load_text_model
 from mole_asr.text.evaluate import Evaluation, evaluate
 from mole_asr.text.report import quality, training
@@ -33,7 +33,7 @@ def fit_words(condition: Condition, seed: int, stage: str, options: argparse.Nam
     words += [f"--data.{key}_texts={options.data / f'texts_{split}.jsonl'}" for key, split in _SPLITS.items()]
     # Another order of the texts than the dense model had.
     words.append(f"--data.seed={seed if stage == START else 1000 + seed}")
-    return words + ([] if options.steps is None else [f"--trainer.max_steps={options.steps}"])
+    return words + ([] if options.steps is None else step_words(options.steps, read("base")["trainer"]))
 
 
 def measure(
