@@ -14,6 +14,7 @@ from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel
 from mole_asr.corpus.families import family_of
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
+from mole_asr.moe.convert.sliced import describe, rebuild
 
 Config = TypeVar("Config", bound=MixtureConfig)
 
@@ -57,6 +58,7 @@ def grow_model(
         raise MoleError("the model to start from was pruned; take the one that it was made of")
     config = grown_config(model.config, model.languages, new_languages, expert_of or {})
     grown = _wider(model, config, new_languages, new_tokenizer.vocab_size)
+    rebuild(grown, describe(model))
     old_state = model.state_dict()
     for name, new in grown.state_dict().items():
         grow_tensor(name, new, old_state, config.num_experts if config.mixture == "group" else 1)

@@ -47,7 +47,7 @@ def measure_speed(
     layers: Mapping[str, SlicedLayer],
     rows: Mapping[str, Tensor] | None = None,
     repeat: int = 7,
-    num_rows: int = ROWS,
+    num_rows: int | None = None,
 ) -> Speed:
     """Times dense and sliced parts in turn, on the same rows.
 
@@ -56,9 +56,9 @@ def measure_speed(
         layers: the sliced ones, by the same names.
         rows: that each part gets in real use, as many as there are; None for drawn ones.
         repeat: how often; the medians count.
-        num_rows: of a batch; fewer are repeated.
+        num_rows: of a batch, `ROWS` if not given; fewer are repeated.
     """
-    totals = {"dense": 0.0, "dense_tiled": 0.0, "sliced": 0.0}
+    totals, num_rows = {"dense": 0.0, "dense_tiled": 0.0, "sliced": 0.0}, num_rows or ROWS
     with quiet(), torch.inference_mode():
         for name, layer in layers.items():
             x_ND = _rows(None if rows is None else rows[name], num_rows, parts[name])

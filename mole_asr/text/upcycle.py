@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from mole_asr.errors import MoleError
+from mole_asr.moe.convert.sliced import describe, rebuild
 from mole_asr.moe.convert.upcycle import fill_experts
 from mole_asr.moe.experts import GATED, Activation
 from mole_asr.moe.layer import MoELayer
@@ -37,7 +38,12 @@ def upcycle(
         raise MoleError(f"model.new_activation: {activation} does not fit a model with {dense.config.activation}")
     if dense.experts.policy != "dense" and dense.experts != experts.spelled_out(languages):
         raise MoleError("model.init_from: that model has experts already; start from a dense one, or keep its experts")
-    model = TextModel(config, experts, languages, dense.vocab_size).to(dense.embedding.weight.dtype)
+    sliced = describe(dense)
+    if sliced and (experts.policy != "dense" or config != dense.config):
+        raise MoleError("model.init_from: that model is sliced; `mole-asr convert dense` makes it dense again")
+    model = TextModel(config, experts, languages, dense.vocab_size)
+    rebuild(model, sliced, put=lambda part, layer: layer)
+    model = model.to(dense.embedding.weight.dtype)
     old = dense.state_dict()
     model.load_state_dict(old, strict=False)
     for new_block, old_block in zip(model.blocks, dense.blocks, strict=True):

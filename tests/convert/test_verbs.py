@@ -9,16 +9,20 @@ import pytest
 import torch
 
 from mole_asr import cli
+from mole_asr.asr.grow import grow_model
 from mole_asr.convert.factor import EndToEndRouter, factor, route_loss, train_slices
 from mole_asr.convert.host import Host, open_host
 from mole_asr.convert.moefy import moefy
 from mole_asr.convert.slicing import Cut, identity_error, output_error, slice_parts
 from mole_asr.convert.training import distillation_loss, relu_adaptation, train
+from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
 from mole_asr.moe import PseudoLabelRouter
 from mole_asr.moe.experts import feed_forward
 from mole_asr.moe.losses import pseudo_label_loss
 from mole_asr.moe.pseudo_labels import prior_approximate_labels
+from mole_asr.text.policies import ExpertsConfig
+from mole_asr.text.upcycle import upcycle
 
 
 def sliced_host(folder: Path, cut: Cut, data: str | None = None) -> tuple[Host, dict[str, Any]]:
@@ -271,3 +275,27 @@ def test_labels_come_from_the_dense_part_that_was(text_folder: Callable[..., Pat
     expected = pseudo_label_loss(plan, prior_approximate_labels(x_ND, layer.experts, 2, dense_ND))
     torch.testing.assert_close(route_loss(layer, parts[name], x_ND, plan), expected)
     assert expected != pseudo_label_loss(plan, prior_approximate_labels(x_ND, layer.experts, 2))
+
+
+# --- sliced models are trained further
+
+
+def test_a_sliced_language_model_may_be_trained_further(text_folder: Callable[..., Path], texts: Path) -> None:
+    host, _ = sliced_host(text_folder(), Cut("random", 4, 2, "centroid"))
+    again = upcycle(host.model, ExpertsConfig(), ["de", "en"])
+    batch = host.read(str(texts), 100, 0)[0]
+    ids_BT = batch.tokens_BS[:, :-1]
+    assert torch.equal(again(ids_BT).logits_BTV, host.model(ids_BT).logits_BTV)
+    for experts, activation in ((ExpertsConfig("top_k", num_experts=2), None), (ExpertsConfig(), "reglu")):
+        with pytest.raises(MoleError, match="is sliced"):
+            upcycle(host.model, experts, ["de", "en"], activation)
+
+
+def test_a_sliced_recogniser_may_grow(speech: Path) -> None:
+    host, _ = sliced_host(speech / "model", Cut("random", 4, 2, "centroid"))
+    tokenizer = TextTokenizer(speech / "model")
+    grown = grow_model(host.model, tokenizer, tokenizer, ["de", "en", "fr"]).eval()
+    batch = host.read(str(speech / "cuts.jsonl"), 50, 0)[0]
+    with torch.no_grad():
+        expected = host.model(batch.audio_BS, batch.audio_lengths_B).log_probs_BTV
+        assert torch.equal(grown(batch.audio_BS, batch.audio_lengths_B).log_probs_BTV, expected)

@@ -1,0 +1,121 @@
+"""What the recipes measure of one host in many cuts: a row each, in which quality and speed come from one run.
+
+Letters: N rows, E slices.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mole_asr.bench.timing import quiet, time_in_turn
+from mole_asr.convert.host import DensePart, Host, Quality, hidden_activations
+from mole_asr.convert.slicing import Cut, output_error, slice_parts
+from mole_asr.convert.speed import measure_speed
+from mole_asr.moe.convert.fitting import mass_kept
+from mole_asr.moe.convert.sliced import RouterKind, SlicedLayer
+from mole_asr.moe.convert.splits import Split
+from mole_asr.moe.routers import MLPRouter
+
+_COMPARED_ROWS = 4096
+
+
+@dataclass(eq=False)
+class Bench:
+    """A dense host, and what all cuts of it are measured on.
+
+    Attributes:
+        host: dense; it stays as it is.
+        rows: what its parts get of the training data, to cut and fit by.
+        tests: batches of test data.
+        heard: what its parts get of those.
+        repeat: rounds of each timing.
+        parts: the dense parts.
+        dense: quality of the dense host.
+    """
+
+    host: Host
+    rows: Mapping[str, Tensor]
+    tests: Sequence[Any]
+    repeat: int = 5
+    heard: dict[str, Tensor] = field(init=False)
+    parts: dict[str, DensePart] = field(init=False)
+    dense: Quality = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = self.host.parts()
+        self.dense = self.host.quality(self.tests)
+        self.heard = {name: x_ND[:_COMPARED_ROWS] for name, x_ND in self.host.record(self.tests).items()}
+
+    def silent_share(self) -> float:
+        """Share of activations that are zero on the test data, the mean over parts; with ReLU many are."""
+        shares = [
+            float((hidden_activations(part, self.heard[n]) == 0).float().mean()) for n, part in self.parts.items()
+        ]
+        return sum(shares) / len(shares)
+
+    def measure(self, host: Host, layers: Mapping[str, SlicedLayer]) -> dict[str, Any]:
+        """Quality and speed of a sliced host beside the dense one.
+
+        Returns:
+            `score` and the host's own figures; `output_error` and `mass_kept`, means over parts; milliseconds of the
+            parts dense, dense in tiles and sliced, and how many times as fast they are (`speed_up`); the same of the
+            whole model (`model_speed_up`).
+        """
+        quality = host.quality(self.tests)
+        errors = [output_error(self.parts[name], layer, self.heard[name]) for name, layer in layers.items()]
+        masses = [mass_kept(layer, self.heard[name]) for name, layer in layers.items()]
+        speed = measure_speed(self.parts, layers, self.heard, self.repeat)
+        whole = self._whole(host)
+        return {
+            "score": round(quality.score, 5),
+            **{name: round(value, 4) for name, value in quality.figures.items()},
+            "output_error": round(sum(errors) / len(errors), 4),
+            "mass_kept": round(sum(masses) / len(masses), 4),
+            "dense_ms": round(speed.dense, 2),
+            "dense_tiled_ms": round(speed.dense_tiled, 2),
+            "sliced_ms": round(speed.sliced, 2),
+            "speed_up": round(speed.speed_up, 3),
+            "model_speed_up": round(whole["dense"] / whole["sliced"], 3),
+            "timed_rows": speed.rows,
+        }
+
+    def _whole(self, host: Host) -> dict[str, float]:
+        batch = max(self.tests, key=lambda each: self.host.predict(each).outputs_NV.shape[0])
+        ways = {"dense": partial(self.host.predict, batch), "sliced": partial(host.predict, batch)}
+        device = next(iter(self.heard.values())).device
+        with quiet(), torch.inference_mode():
+            return {name: timing.milliseconds for name, timing in time_in_turn(ways, self.repeat, device).items()}
+
+
+def sweep_cuts(
+    bench: Bench, split: Split, slices: int, actives: Sequence[int], routers: Sequence[RouterKind], seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """MoEfication of one host in one split: rows of each router and number of active slices.
+
+    Args:
+        bench: the host.
+        split: which neurons make a slice.
+        slices: E.
+        actives: slices that compute a row.
+        routers: "oracle", "centroid", "mlp"; the MLP is fitted once.
+        seed: of what is drawn.
+    """
+    host = bench.host.clone()
+    fitted: RouterKind = "mlp" if "mlp" in routers else routers[0]
+    layers = slice_parts(bench.parts, Cut(split, slices, 1, fitted, seed), bench.rows)
+    learned = {name: layer.router for name, layer in layers.items() if isinstance(layer.router, MLPRouter)}
+    for name, layer in layers.items():
+        host.put(name, layer)
+    for router in routers:
+        for active in actives:
+            for name, layer in layers.items():
+                mine = learned.get(name) if router == "mlp" else None
+                if mine is not None:
+                    mine.k = active
+                layer.choose_router(router, active, mine)
+            facts = {"split": split, "slices": slices, "router": router, "active": active}
+            yield facts | {"share": round(active / slices, 4)} | bench.measure(host, layers)

@@ -1,0 +1,127 @@
+"""Factorises trained models and measures what they keep and how fast they are; see README.md.
+
+`python recipes/factor/run.py` trains the language model if it is missing (the one of recipes/moefy serves too), then
+cuts, trains for some steps and measures each (model, split, router, active) that results.json lacks. Give the same
+command again after an interruption: what is done stays done.
+"""
+
+import argparse
+import sys
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from plan import CONFIG, HERE, MODELS, WAYS, Model, Way
+
+from mole_asr.convert.factor import KINDS, train_slices
+from mole_asr.convert.host import open_host
+from mole_asr.convert.slicing import Cut, slice_parts
+from mole_asr.convert.sweep import Bench
+from mole_asr.errors import MoleError
+from mole_asr.score.results import ResultFile
+from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
+
+KEY = ("model", "split", "slices", "router", "active")
+DENSE = {"split": "dense", "slices": 1, "router": "dense", "active": 1}
+
+
+def folder_of(model: Model, options: argparse.Namespace) -> Path:
+    """The folder of a dense model; a language model is trained where it is missing."""
+    if model.kind == "speech":
+        return options.speech
+    need_texts(options.data, options.source)
+    steps = options.steps or yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["trainer"]["max_steps"]
+    words = [f"--config={CONFIG}", *model.words, f"--trainer.max_steps={steps}", f"--data.seed={options.seeds[0]}"]
+    texts = {"train": "train", "valid": "dev"}
+    words += [f"--data.{key}_texts={options.data / f'texts_{split}.jsonl'}" for key, split in texts.items()]
+    train(options.text_runs / model.name, words)
+    return options.text_runs / model.name / "model"
+
+
+def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> None:
+    """All ways of a model that results.json lacks."""
+    missing = [way for way in WAYS if not results.select(model=model.name, **_columns(way))]
+    if not missing:
+        return
+    seed = options.seeds[0]
+    host = open_host(folder_of(model, options))
+    data = {
+        split: str(options.data / f"texts_{split}.jsonl" if model.kind == "text" else options.speech_data / name)
+        for split, name in (("train", "cuts_train.jsonl"), ("test", "cuts_test.jsonl"))
+    }
+    batches = host.read(data["train"], options.rows or model.rows, seed)
+    tests = host.read(data["test"], options.rows or model.test_rows, seed)
+    bench = Bench(host, host.record(batches[: max(1, len(batches) // 5)]), tests)
+    facts = {"model": model.name, "seed": seed, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
+    figures = {name: round(value, 4) for name, value in bench.dense.figures.items()}
+    results.add([facts | DENSE | {"share": 1.0, "score": round(bench.dense.score, 5)} | figures])
+    for way in missing:
+        row = factorise(bench, way, batches, options.tuning_steps or model.steps, seed)
+        results.add([facts | row])
+        print(
+            model.name,
+            *(f"{row[name]}" for name in KEY[1:]),
+            f"score {row['score']}",
+            f"{row['speed_up']} x",
+            flush=True,
+        )
+
+
+def _columns(way: Way) -> dict[str, object]:
+    return {"split": way.split, "slices": way.slices, "router": way.learning, "active": way.active}
+
+
+def factorise(bench: Bench, way: Way, batches: list[object], steps: int, seed: int) -> dict[str, object]:
+    """Cuts a copy of a host, trains it and measures it; the score before the training too."""
+    host = bench.host.clone()
+    torch.manual_seed(seed)  # routers start at random
+    layers = slice_parts(bench.parts, Cut(way.split, way.slices, way.active, KINDS[way.learning], seed), bench.rows)
+    for name, layer in layers.items():
+        host.put(name, layer)
+    before = host.quality(bench.tests)
+    losses = train_slices(host, bench.parts, batches, way.learning, steps, seed=seed)
+    facts = {"share": way.active / way.slices, "steps": steps, "score_untrained": round(before.score, 5)}
+    return _columns(way) | facts | {"loss": round(losses[-1], 4)} | bench.measure(host, layers)
+
+
+def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
+    """All models, that of speech only where there is one."""
+    if len(options.seeds) > 1:
+        raise MoleError("--seeds: give one")
+    for name in options.models:
+        if MODELS[name].kind == "speech" and not (options.speech / "config.json").exists():
+            print(f"{name}: left out, {options.speech} holds no recogniser; `make demo` trains one", flush=True)
+            continue
+        measure(MODELS[name], options, results)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs the command.
+
+    Returns:
+        0, or 1 where something is wrong that the user can put right.
+    """
+    root = HERE.parents[1]
+    parser = recipe_parser(__doc__ or "", HERE, "data/texts")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--text-runs", type=Path, default=root / "runs/moefy", help="of language models (%(default)s)")
+    parser.add_argument("--speech", type=Path, default=root / "runs/prompts5/model", help="recogniser (%(default)s)")
+    parser.add_argument("--speech-data", type=Path, default=root / "data/prompts5", help="its corpus (%(default)s)")
+    parser.add_argument(
+        "--rows", type=int, help="tokens or frames to train on and to test on; default: as plan.py says"
+    )
+    parser.add_argument("--tuning-steps", type=int, help="of the slices' short training; default: as plan.py says")
+    options = parser.parse_args(words)
+    from pictures import draw
+    from tables import write_tables
+
+    results = ResultFile(options.results / "results.json", KEY)
+    return run_recipe(
+        options, partial(measure_all, options, results), partial(draw, results), partial(write_tables, results)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

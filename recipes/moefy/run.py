@@ -1,0 +1,122 @@
+"""Cuts trained models into slices and measures what they keep and how fast they are; see README.md.
+
+`python recipes/moefy/run.py` trains the language models that are missing, adapts to ReLU, and measures each
+(model, split, slices) that results.json lacks. Give the same command again after an interruption: what is done stays
+done.
+"""
+
+import argparse
+import sys
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from plan import ADAPTATION, CALIBRATION_ROWS, CONFIG, HERE, MODELS, ROUTERS, SHARES, SPLITS, TEST_ROWS, Model
+
+from mole_asr.convert.host import Host, open_host
+from mole_asr.convert.slicing import active_slices
+from mole_asr.convert.sweep import Bench, sweep_cuts
+from mole_asr.convert.training import relu_adaptation
+from mole_asr.errors import MoleError
+from mole_asr.score.results import ResultFile
+from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
+
+KEY = ("model", "split", "slices", "router", "active")
+DENSE = {"split": "dense", "slices": 1, "router": "dense", "active": 1}
+
+
+def data_of(model: Model, split: str, options: argparse.Namespace) -> str:
+    """The file of a model's data."""
+    name = f"texts_{split}.jsonl" if model.kind == "text" else f"cuts_{split}.jsonl"
+    return str((options.data if model.kind == "text" else options.speech_data) / name)
+
+
+def folder_of(model: Model, options: argparse.Namespace) -> Path:
+    """The folder of a dense model; language models are trained where they are missing."""
+    if model.kind == "speech":
+        return options.speech
+    need_texts(options.data, options.source)
+    steps = options.steps or yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["trainer"]["max_steps"]
+    words = [f"--config={CONFIG}", *model.words, f"--trainer.max_steps={steps}", f"--data.seed={options.seeds[0]}"]
+    splits = {"train": "train", "valid": "dev"}
+    words += [f"--data.{key}_texts={data_of(model, split, options)}" for key, split in splits.items()]
+    train(options.runs / model.name, words)
+    return options.runs / model.name / "model"
+
+
+def host_of(model: Model, options: argparse.Namespace) -> Host:
+    """The dense model, adapted where it is to be."""
+    host = open_host(folder_of(MODELS[model.of], options))
+    if model.adapted:
+        steps, rows = options.adaptation or ADAPTATION[model.kind]
+        batches = host.read(data_of(model, "train", options), rows, options.seeds[0] + 1)
+        print(f"{model.name}: {steps} steps of adaptation to ReLU", flush=True)
+        losses = relu_adaptation(host, batches, steps, seed=options.seeds[0])
+        print(f"distillation loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)
+    return host
+
+
+def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> None:
+    """All cuts of a model that results.json lacks."""
+    missing = [
+        (split, slices)
+        for slices in model.slices
+        for split in SPLITS
+        if not results.select(model=model.name, split=split, slices=slices)
+    ]
+    if not missing:
+        return
+    host, seed = host_of(model, options), options.seeds[0]
+    rows = host.record(host.read(data_of(model, "train", options), options.rows or CALIBRATION_ROWS, seed))
+    bench = Bench(host, rows, host.read(data_of(model, "test", options), options.rows or TEST_ROWS[model.kind], seed))
+    facts = {"model": model.name, "seed": seed, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
+    quality = {name: round(value, 4) for name, value in bench.dense.figures.items()}
+    dense: dict[str, Any] = {"share": 1.0, "score": round(bench.dense.score, 5), **quality}
+    results.add([facts | DENSE | dense | {"silent_share": round(bench.silent_share(), 4)}])
+    for split, slices in missing:
+        actives = sorted({active_slices(share, slices) for share in SHARES})
+        found = [facts | row for row in sweep_cuts(bench, split, slices, actives, ROUTERS, seed)]
+        results.add(found)
+        for row in found:
+            print(*(f"{row[name]}" for name in KEY), f"score {row['score']}", f"{row['speed_up']} x", flush=True)
+
+
+def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
+    """All models, those of speech only where there is one."""
+    if len(options.seeds) > 1:
+        raise MoleError("--seeds: give one")
+    for name in options.models:
+        model = MODELS[name]
+        if model.kind == "speech" and not (options.speech / "config.json").exists():
+            print(f"{name}: left out, {options.speech} holds no recogniser; `make demo` trains one", flush=True)
+            continue
+        measure(model, options, results)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs the command.
+
+    Returns:
+        0, or 1 where something is wrong that the user can put right.
+    """
+    root = HERE.parents[1]
+    parser = recipe_parser(__doc__ or "", HERE, "data/texts")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--speech", type=Path, default=root / "runs/prompts5/model", help="recogniser (%(default)s)")
+    parser.add_argument("--speech-data", type=Path, default=root / "data/prompts5", help="its corpus (%(default)s)")
+    parser.add_argument("--rows", type=int, help="tokens or frames to cut by and to test on; default: as plan.py says")
+    parser.add_argument("--adaptation", type=int, nargs=2, metavar=("STEPS", "ROWS"), help="default: as plan.py says")
+    options = parser.parse_args(words)
+    from pictures import draw
+    from tables import write_tables
+
+    results = ResultFile(options.results / "results.json", KEY)
+    return run_recipe(
+        options, partial(measure_all, options, results), partial(draw, results), partial(write_tables, results)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""recipes/moefy and recipes/factor: the whole commands on a few made sentences and noise."""
+
+import dataclasses
+import importlib
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from mole_asr.moe.experts import Activation
+from mole_asr.text.checkpoint import load_text_model
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+MODULES = ("plan", "tables", "pictures", "run")
+LANGUAGES = {"de": "abcd", "en": "cdef", "fr": "ghij"}
+
+Recipe = dict[str, ModuleType]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Recipe]]:
+    """Makes the modules of a copy of a recipe whose models are tiny."""
+
+    def copy(name: str) -> Recipe:
+        for each in ("moefy", "factor"):
+            shutil.copytree(
+                RECIPES / each, tmp_path / each, ignore=shutil.ignore_patterns("*.json", "__pycache__", "*.svg")
+            )
+        path = tmp_path / "moefy" / "config.yaml"
+        config = yaml.safe_load(path.read_text())
+        config["model"]["network"] |= {"d_model": 8, "d_ff": 32, "num_layers": 2, "num_heads": 1}
+        config["data"] |= {"window": 16, "batch_windows": 4, "valid_windows_per_language": 1}
+        config["data"]["languages"] = list(LANGUAGES)
+        config["trainer"] |= {"precision": "32-true", "accelerator": "cpu", "val_check_interval": 2}
+        config["trainer"]["enable_progress_bar"] = False
+        path.write_text(yaml.safe_dump(config))
+        monkeypatch.syspath_prepend(str(tmp_path / name))
+        return {module: importlib.import_module(module) for module in MODULES}
+
+    yield copy
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def words(tmp_path: Path, speech: Path) -> list[str]:
+    """Where texts, recordings and runs lie."""
+    rng = random.Random(0)
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 20), ("dev", 2), ("test", 8)):
+        lines = [
+            json.dumps({"text": "".join(rng.choices(letters, k=12)), "language": code})
+            for code, letters in LANGUAGES.items()
+            for _ in range(count)
+        ]
+        (tmp_path / "data" / f"texts_{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for split in ("train", "test"):
+        (speech / f"cuts_{split}.jsonl").write_bytes((speech / "cuts.jsonl").read_bytes())
+    places = {"--data": tmp_path / "data", "--runs": tmp_path / "runs", "--speech": speech / "model"}
+    places |= {"--speech-data": speech}
+    return [*(str(word) for pair in places.items() for word in pair), "--steps", "3", "--rows", "200"]
+
+
+def shrink(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, activations: dict[str, Activation]) -> None:
+    """Words of the small models, and speed measured on few rows once."""
+    for name, activation in activations.items():
+        model = dataclasses.replace(recipe["plan"].MODELS[name], words=(f"--model.network.activation={activation}",))
+        monkeypatch.setitem(recipe["plan"].MODELS, name, model)
+    monkeypatch.setattr(recipe["run"], "SPLITS", ("random", "coactivation"))
+    monkeypatch.setattr(recipe["run"], "ROUTERS", ("oracle", "mlp"))
+    monkeypatch.setattr(recipe["run"], "SHARES", (0.25,))
+    monkeypatch.setattr("mole_asr.convert.speed.ROWS", 64)
+    monkeypatch.setattr("mole_asr.convert.sweep.Bench.repeat", 1)
+
+
+def test_moefy(
+    make: Callable[[str], Recipe],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = make("moefy")
+    shrink(recipe, monkeypatch, {"swiglu": "swiglu"})
+    main, folder = recipe["run"].main, tmp_path / "moefy"
+    assert main([*words, "--adaptation", "2", "100"]) == 0
+    shown = capsys.readouterr().out
+    rows = json.loads((folder / "results.json").read_text())
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["model"]] = counts.get(row["model"], 0) + 1
+    # One dense row; two splits and routers, for each number of slices.
+    assert counts == {"relu": 9, **dict.fromkeys(("swiglu", "swiglu-adapted", "speech", "speech-adapted"), 5)}
+    dense = {row["model"]: row for row in rows if row["router"] == "dense"}
+    assert dense["swiglu"]["silent_share"] == 0 < dense["relu"]["silent_share"]
+    assert dense["swiglu-adapted"]["silent_share"] > 0.05 and dense["speech-adapted"]["silent_share"] > 0.05
+    for row in rows:
+        if row["router"] != "dense":
+            assert row["share"] == row["active"] / row["slices"] and row["speed_up"] > 0 < row["model_speed_up"]
+            assert 0 < row["output_error"] < 2 and ("cer" in row) == row["model"].startswith("speech")
+    for name in ("relu", "swiglu-adapted"):  # the oracle leaves out less
+        mine = {
+            (row["split"], row["router"], row["active"]): row["mass_kept"]
+            for row in rows
+            if (row["model"], row["slices"]) == (name, 8)
+        }
+        for (split, router, active), value in mine.items():
+            assert router == "dense" or value <= mine[split, "oracle", active] + 1e-4
+    readme = (folder / "README.md").read_text()
+    assert "| text, ReLU, 16 slices | router |" in shown and "| coactivation | mlp |" in readme
+    assert (folder / "quality.svg").exists() and (folder / "speed.svg").exists()
+    assert load_text_model(tmp_path / "runs/swiglu/model").model.config.activation == "swiglu"
+    before = (folder / "results.json").read_bytes()
+    assert main([*words, "--adaptation", "2", "100"]) == 0  # what is done stays done
+    assert (folder / "results.json").read_bytes() == before
+    assert main(["--table", "--results", str(folder)]) == 0
+
+
+def test_moefy_without_a_recogniser(
+    make: Callable[[str], Recipe], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make("moefy")
+    assert recipe["run"].main([*words, "--models", "speech", "--speech", str(tmp_path / "none")]) == 0
+    assert "speech: left out" in capsys.readouterr().out
+
+
+def test_factor(
+    make: Callable[[str], Recipe],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = make("factor")
+    shrink(recipe, monkeypatch, {"swiglu": "swiglu"})
+    ways = [way for way in recipe["plan"].WAYS if way.active == 1 and way.split in ("random", "clusters")]
+    for module in ("run", "tables", "pictures"):
+        monkeypatch.setattr(recipe[module], "WAYS", ways)
+    main, folder = recipe["run"].main, tmp_path / "factor"
+    words = [*words, "--text-runs", str(tmp_path / "runs"), "--tuning-steps", "3"]
+    assert main(words) == 0
+    rows = json.loads((folder / "results.json").read_text())
+    assert [row["router"] for row in rows if row["model"] == "swiglu"] == [
+        "dense",
+        "oracle",
+        "prior",
+        "end_to_end",
+        "untrained",
+        "prior",
+    ]
+    for row in rows:
+        if row["router"] != "dense":
+            assert row["share"] == 0.25 and row["steps"] == 3 and row["speed_up"] > 0
+    shown = capsys.readouterr().out
+    assert "| 1R4E1K | random | end to end | 25 % |" in shown and "recogniser, SiLU" in shown
+    assert "1R4E1K" in (folder / "README.md").read_text() and (folder / "quality.svg").exists()
+    before = (folder / "results.json").read_bytes()
+    assert main(words) == 0  # what is done stays done
+    assert (folder / "results.json").read_bytes() == before
