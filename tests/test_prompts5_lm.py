@@ -107,10 +107,12 @@ def test_the_choice_goes_down_to_the_lowest(recipe: dict[str, ModuleType]) -> No
     def rates(weights: Weights) -> tuple[float, float]:
         asked.append(weights)
         assert weights.ngram == 0
-        return round(abs(weights.lm - 0.7), 6), abs(weights.bonus - 1.5)  # the second where the first is the same
+        return round(abs(weights.lm - 0.8), 6), round(
+            abs(weights.bonus - 1.7), 6
+        )  # the second where the first is the same
 
     best, lowest = recipe["systems"].choose(Weights(0, 0.4, 0.9), rates)
-    assert (best, lowest) == (Weights(0, 0.7, 1.5), (0.0, 0.0))
+    assert (best, lowest) == (Weights(0, 0.8, 1.7), (0.0, 0.0))
     assert len(asked) == len(set(asked)) < 20
 
 

@@ -15,8 +15,11 @@ from mole_asr.decode.ngram import TokenNgram
 BLANK = 0
 NEVER = -math.inf
 # Tokens less likely than this in a frame (natural logarithm) are not tried there, and no more than so many.
-LEAST_LIKELY = -8.0
+LEAST_LIKELY = -6.0
 MOST_TOKENS = 8
+# Prefixes whose score is so much lower than the best one's are dropped. On the dev split of recipes/prompts5 this and
+# LEAST_LIKELY halve the time and change no text (with -8 and without a limit: the same 225 texts).
+FARTHEST = 10.0
 # Prefixes kept after each frame. This and the weights were chosen on the dev split of recipes/prompts5.
 BEAM = 32
 # Frames after which a language model may forget what no beam holds any more.
@@ -159,8 +162,11 @@ class _Search:
                 same.token = _add(same.token, old.token + float(frame_V[ids[-1]]))
             if tokens:
                 self._extend(grown, ids, old, acoustic, tokens)
-        best = sorted(grown.items(), key=lambda item: -(item[1].acoustic + item[1].language))
-        self.beam = dict(best[: self.width])
+        # Their order decides between equal ones: two prefixes are never compared.
+        scores = ((-prefix.acoustic - prefix.language, place) for place, prefix in enumerate(grown.values()))
+        best = sorted(scores)[: self.width]
+        items, limit = list(grown.items()), best[0][0] + FARTHEST
+        self.beam = dict(items[place] for cost, place in best if cost <= limit)
 
     def _extend(
         self, grown: dict[Prefix, _Prefix], ids: Prefix, old: _Prefix, acoustic: float, tokens: list[tuple[int, float]]

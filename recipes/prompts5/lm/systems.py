@@ -29,13 +29,13 @@ class System:
 SYSTEMS = {
     "greedy": System("greedy", None, Weights(0, 0, 0), beam=0),
     "beam": System("beam search", None, Weights(0, 0, 0)),
-    "ngram": System("beam search, n-grams (the default)", None, Weights(0.4, 0, 0.9)),
-    "rescore": System("beam search, rescored", "rescore", Weights(0, 0.4, 0.9)),
-    "ngram-rescore": System("n-grams, rescored", "rescore", Weights(0.4, 0.4, 1.2)),
-    "fusion": System("fusion", "fusion", Weights(0, 0.4, 0.9)),
-    "ngram-fusion": System("n-grams and fusion", "fusion", Weights(0.4, 0.4, 1.2)),
+    "ngram": System("n-grams (the default)", None, Weights(0.4, 0, 0.9)),
+    "ngram-rescore": System("n-grams, rescored", "rescore", Weights(0.4, 0.4, 1.3)),
+    "ngram-fusion": System("n-grams and fusion", "fusion", Weights(0.4, 0.4, 1.3)),
+    "rescore": System("without n-grams, rescored", "rescore", Weights(0, 0.6, 1.3)),
+    "fusion": System("fusion without n-grams", "fusion", Weights(0, 0.6, 1.3)),
 }
-STEPS = {"ngram": 0.1, "lm": 0.1, "bonus": 0.3}
+STEPS = {"ngram": 0.2, "lm": 0.2, "bonus": 0.4}
 Rates = tuple[float, float]
 
 
