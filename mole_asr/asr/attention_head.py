@@ -3,6 +3,7 @@
 Letters: B batch, T frames, U tokens, V vocabulary, D model width.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,25 @@ class AttentionHead(nn.Module):
     def set_languages(self, languages: Sequence[str]) -> None:
         """Says which languages the ids stand for."""
         self.prompts = [self.tokenizer.prompt(code) for code in languages]
+
+    @torch.no_grad()
+    def language_opinion(self, memory_BTD: Tensor, lengths_B: Tensor, languages: Sequence[str]) -> Tensor:
+        """What the decoder takes for the language, before it is told: float32 log-probabilities [B, N].
+
+        They are those of its signs behind the sign of the start, among the signs of all languages that it knows
+        (Radford et al., 2022, section 2.3). A language without a sign is as likely as any.
+
+        Args:
+            memory_BTD: what the encoder gives.
+            lengths_B: int64, its valid frames.
+            languages: codes, N.
+        """
+        signs = self.tokenizer.language_ids
+        start_B1 = torch.full((len(lengths_B), 1), self.tokenizer.prompt(None)[0], device=memory_BTD.device)
+        logits_BV = self.decoder.logits(self.decoder.states(start_B1, memory_BTD, lengths_B)[:, 0])
+        known_BS = logits_BV[:, list(signs.values())].log_softmax(-1)
+        places = [list(signs).index(sign) if (sign := self.tokenizer.sign(code)) else len(signs) for code in languages]
+        return functional.pad(known_BS, (0, 1), value=-math.log(len(signs)))[:, places]
 
     def loss(
         self, memory_BTD: Tensor, lengths_B: Tensor, texts: Sequence[str], languages_B: Tensor, smoothing: float = 0.1

@@ -29,6 +29,11 @@ class LanguageEvidence:
     reliability_logits_B: Tensor | None = None
     reliability_logits_BT: Tensor | None = None
 
+    def joined(self, opinion_BN: Tensor, valid_BT: Tensor) -> "LanguageEvidence":
+        """The evidence, and that of another witness: what it adds to the logits of each utterance."""
+        evidence_BTN = self.evidence_BTN + opinion_BN[:, None] * valid_BT[:, :, None]
+        return replace(self, evidence_BTN=evidence_BTN, logits_BN=self.logits_BN + opinion_BN)
+
     def select(self, languages: Sequence[int]) -> "LanguageEvidence":
         """The evidence of some of the languages, in this order."""
         columns = list(languages)

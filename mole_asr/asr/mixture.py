@@ -286,6 +286,7 @@ class ExpertMixture(nn.Module):
         frames: PaddedFrames,
         languages_B: Tensor | None = None,
         true_probability: float = 1.0,
+        opinion_BN: Tensor | None = None,
     ) -> tuple[Tensor, Decision]:
         """Hears the language and decides.
 
@@ -295,12 +296,15 @@ class ExpertMixture(nn.Module):
             languages_B: int64 true languages, -1 where unknown. In training the configured routing says what they are
                 for; in evaluation they are taken.
             true_probability: with the routing "scheduled", how often the true language is taken in training.
+            opinion_BN: what another witness adds to the logits of the languages.
 
         Returns:
             The stream (with the vector of the language, where the config says so) and the decision.
         """
         heard_BTD = x_BTD.detach() if self.config.language_probe else x_BTD
         evidence = self.language_tokenizer(heard_BTD, frames.lengths_B, frames.valid_BT)
+        if opinion_BN is not None:
+            evidence = evidence.joined(opinion_BN, frames.valid_BT)
         by_frame = self.config.routing_unit == "frame"
         routing = self.config.routing if self.training else "true"
         if routing == "scheduled" and languages_B is not None:

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 
 from mole_asr.asr.attention_head import AttentionHead
-from mole_asr.asr.mixture import ExpertMixture, MixtureConfig, MixtureFeedForward
+from mole_asr.asr.conformer import Frames
+from mole_asr.asr.mixture import Decision, ExpertMixture, MixtureConfig, MixtureFeedForward
 from mole_asr.asr.model import ModelOutput
 from mole_asr.asr.model_files import CONFIG, find_model, read_json
 from mole_asr.asr.pretrained_encoders import TORCHAUDIO, feed_forward_weights, load_pretrained_encoder
@@ -40,6 +41,10 @@ class PretrainedConfig(MixtureConfig):
             as it is. Experts are as wide as what they are copies of, so `expert_d_ff` has nothing to say.
         language_tokenizer_block: blocks that the language tokenizer listens behind.
         attention_head: whether Whisper's text decoder is kept, beside the CTC head. Other encoders have none.
+        second_hearing: in recognition without a given language, Whisper's text decoder is asked too: its log-
+            probabilities of the languages, by this factor, are added to the logits of the language tokenizer, and the
+            upper blocks are computed again with what comes out. It knows voices and rooms that a small corpus lacks.
+            0: it is not asked.
     """
 
     section: ClassVar[str] = "model.pretrained"
@@ -48,6 +53,7 @@ class PretrainedConfig(MixtureConfig):
     num_mole_blocks: int = 2
     language_tokenizer_block: int = 4
     attention_head: bool = True
+    second_hearing: float = 0.67
 
 
 class NormalizedCTCHead(nn.Module):
@@ -116,6 +122,7 @@ class PretrainedModel(nn.Module):
                     not 0 <= listens <= dense,
                     f"language_tokenizer_block: {listens} must be 0..{dense}, before the experts",
                 ),
+                (config.second_hearing < 0, f"second_hearing: {config.second_hearing:g} must not be negative"),
             ]
         )
         self.config = config = config.spelled_out(languages)
@@ -161,21 +168,28 @@ class PretrainedModel(nn.Module):
                 features_BTF = self.feature_augment(features_BTF, frames_B)
             x_BTD, lengths_B = self.encoder.stem(features_BTF, frames_B)
         frames = self.encoder.frames(lengths_B, x_BTD.shape[1])
-        decision = None
-        for index, block in enumerate(self.encoder.blocks):
-            if index == self.config.language_tokenizer_block:
-                x_BTD, decision = self.mixture(x_BTD, frames, languages_B, true_probability)
-            x_BTD = block(x_BTD, frames, decision)
-        if decision is None:
-            x_BTD, decision = self.mixture(x_BTD, frames, languages_B, true_probability)
-        x_BTD = self.encoder.norm(x_BTD)
+        for block in self.encoder.blocks[: self.config.language_tokenizer_block]:
+            x_BTD = block(x_BTD, frames, None)
+        heard_BTD, decision = self.mixture(x_BTD, frames, languages_B, true_probability)
+        memory_BTD = self._upper(heard_BTD, frames, decision)
+        head, weight = self.attention_head, self.config.second_hearing
+        if head is not None and weight and languages_B is None and not self.training:
+            opinion_BN = weight * head.language_opinion(memory_BTD, lengths_B, self.mixture.languages)
+            heard_BTD, decision = self.mixture(x_BTD, frames, opinion_BN=opinion_BN)
+            memory_BTD = self._upper(heard_BTD, frames, decision)
         return ModelOutput(
-            log_probs_BTV=self.ctc(x_BTD, frames.rows, decision.newest_B),
+            log_probs_BTV=self.ctc(memory_BTD, frames.rows, decision.newest_B),
             lengths_B=lengths_B,
             decision=decision,
             frames=frames,
-            memory_BTD=x_BTD,
+            memory_BTD=memory_BTD,
         )
+
+    def _upper(self, x_BTD: Tensor, frames: Frames, decision: Decision) -> Tensor:
+        """What the encoder gives: the blocks behind the language tokenizer, and the last norm."""
+        for block in self.encoder.blocks[self.config.language_tokenizer_block :]:
+            x_BTD = block(x_BTD, frames, decision)
+        return self.encoder.norm(x_BTD)
 
 
 def from_checkpoint(config: PretrainedConfig, languages: list[str], vocab_size: int) -> PretrainedModel:

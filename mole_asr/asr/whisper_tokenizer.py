@@ -87,6 +87,12 @@ class WhisperTokenizer:
         # Models have ids for times beyond those of the file; all come behind the end sign.
         return self._tokenizer.decode([int(i) for i in ids if i < self.end_id], skip_special_tokens=True).strip()
 
+    def sign(self, language: str) -> str | None:
+        """The key of a language code in `language_ids`; None where Whisper does not know the language."""
+        base = language.partition("-")[0]
+        code = _ITS_CODES.get(base, base)
+        return code if code in self.language_ids else None
+
     def prompt(self, language: str | None) -> list[int]:
         """What the decoder reads first.
 
@@ -94,9 +100,8 @@ class WhisperTokenizer:
             language: code, of which only what stands before the first hyphen is looked at (`pt-BR`); None, or a
                 language that Whisper does not know, leaves it out.
         """
-        base = (language or "").partition("-")[0]
-        code = _ITS_CODES.get(base, base)
-        known = [self.language_ids[code]] if code in self.language_ids else []
+        sign = self.sign(language or "")
+        known = [self.language_ids[sign]] if sign else []
         return [self._start_id, *known, *self._behind_language]
 
     def save(self, folder: str | Path) -> None:

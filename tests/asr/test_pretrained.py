@@ -1,5 +1,6 @@
 """A recogniser on a pretrained Whisper (tiny, with random weights): what it starts from, learns, keeps and writes."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,52 @@ def test_a_saved_model_gives_the_same_output(
             if m.attention_head is not None and o.memory_BTD is not None
         ]
     assert written[0] == written[1]
+
+
+def test_the_decoders_opinion_of_the_language_is_that_of_transformers(
+    model: PretrainedModel, whisper_model: Any, batch: Batch
+) -> None:
+    head, signs = model.attention_head, model.whisper_tokenizer
+    assert head is not None and signs is not None
+    with torch.no_grad():
+        output = model.eval()(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
+        assert output.memory_BTD is not None
+        opinion_BN = head.language_opinion(output.memory_BTD, output.lengths_B, ["fr", "xx", "en"])
+        for row, length in enumerate(output.lengths_B.tolist()):
+            logits_V = whisper_model(
+                encoder_outputs=(output.memory_BTD[row : row + 1, :length],),
+                decoder_input_ids=torch.tensor([[signs.prompt(None)[0]]]),
+            ).logits[0, 0]
+            known = logits_V[list(signs.language_ids.values())].logsumexp(0)
+            wanted = [float(logits_V[signs.language_ids[code]] - known) for code in ("fr", "en")]
+            chance = -math.log(len(signs.language_ids))
+            torch.testing.assert_close(opinion_BN[row], torch.tensor([wanted[0], chance, wanted[1]]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("routing_unit", ["utterance", "frame"])
+def test_the_decoder_is_asked_for_the_language_where_none_is_given(
+    whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch, routing_unit: str
+) -> None:
+    asking, plain = (
+        build(whisper_folder, tokenizer, second_hearing=weight, routing_unit=routing_unit).eval() for weight in (3.0, 0)
+    )
+    for model in (asking, plain):  # experts that differ, so that the language tells
+        for parameter in model.encoder.blocks[-1].feed_forward.moe.experts.parameters():
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    inputs = batch.audio_BS, batch.audio_lengths_B
+    with torch.no_grad():
+        first, second = plain(*inputs), asking(*inputs)
+        assert asking.attention_head is not None and first.memory_BTD is not None and second.memory_BTD is not None
+        opinion_BN = 3.0 * asking.attention_head.language_opinion(first.memory_BTD, first.lengths_B, LANGUAGES)
+        torch.testing.assert_close(second.language_logits_BN, first.language_logits_BN + opinion_BN)
+        told = plain(*inputs, second.language_logits_BN.argmax(1))
+        if routing_unit == "utterance":
+            assert torch.equal(second.decision.heard.expert_ids, told.decision.heard.expert_ids)
+        assert not torch.allclose(second.memory_BTD, first.memory_BTD, atol=1e-4)
+        # Told the language, and in training, nobody is asked.
+        assert torch.equal(asking(*inputs, batch.languages_B).memory_BTD, plain(*inputs, batch.languages_B).memory_BTD)
+        trained = [model.train()(*inputs).language_logits_BN for model in (asking, plain)]
+        assert torch.equal(*trained)
 
 
 def test_an_utterance_does_not_depend_on_its_batch(model: PretrainedModel, batch: Batch) -> None:
