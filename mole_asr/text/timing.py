@@ -58,14 +58,15 @@ def training_step(model: TextModel, batch: TextBatch, precision: torch.dtype) ->
     """A whole step as `fit` makes it, at learning rates of zero, so that each repetition does the same work.
 
     Args:
-        model: a decoder; it is set to training.
+        model: a decoder.
         batch: windows without padding, on the model's device.
         precision: of the products.
     """
-    optimizer = build_optimizer(model.train(), lr=0.0, adamw_lr=0.0, weight_decay=0.0)
+    optimizer = build_optimizer(model, lr=0.0, adamw_lr=0.0, weight_decay=0.0)
     device = batch.tokens_BS.device.type
 
     def step() -> None:
+        model.train()
         with torch.autocast(device, precision, enabled=precision != torch.float32):
             output = model(batch.tokens_BS[:, :-1], None, batch.languages_B)
             loss = nats(output.logits_BTV, batch.targets()).mean()
@@ -81,11 +82,11 @@ def training_step(model: TextModel, batch: TextBatch, precision: torch.dtype) ->
 
 def inference(model: TextModel, batch: TextBatch, precision: torch.dtype) -> Job:
     """One forward over whole windows; the arguments are those of `training_step`."""
-    model.eval()
     device = batch.tokens_BS.device.type
 
     @torch.inference_mode()
     def forward() -> None:
+        model.eval()
         with torch.autocast(device, precision, enabled=precision != torch.float32):
             model(batch.tokens_BS[:, :-1])
 

@@ -235,4 +235,7 @@ def test_the_config_says_which_kind_of_model_is_trained(
             fit([*words, "--print_config"])
         assert not end.value.code
         config = yaml.safe_load(capsys.readouterr().out)
-        assert config["output"] == f"runs/text_{name.removesuffix('.yaml')}"
+        written = yaml.safe_load(
+            (Path(shared.__file__).parents[2] / "conf" / "text" / name).read_text(encoding="utf-8")
+        )
+        assert config["output"] == written["output"] and config["data"]["window"] == written["data"]["window"]
