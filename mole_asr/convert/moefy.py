@@ -7,7 +7,7 @@ from mole_asr.convert.host import open_host
 from mole_asr.convert.report import lines_of
 from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
-from mole_asr.convert.training import relu_adaptation
+from mole_asr.convert.training import imitate, relu_adaptation
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.splits import Split
 
@@ -26,13 +26,15 @@ def moefy(
     test: str | None = None,
     rows: int = 20_000,
     relu_steps: int = 0,
+    tune_steps: int = 0,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> str:
     """Cuts the feed-forward parts of a trained model into slices, of which a router chooses some for each token.
 
-    Zhang et al., arXiv 2110.01786. No value of the model changes, unless it is adapted to ReLU first: the fewer
-    neurons fire, the less is lost. That all slices together are the dense part is checked before anything is written.
+    Zhang et al., arXiv 2110.01786. No value of the model changes, unless it is trained too: adapted to ReLU before the
+    cut (the fewer neurons fire, the less is lost), or to fewer slices behind it. That all slices together are the dense
+    part is checked before any of them is trained or written.
 
     Args:
         model: folder of a language model or recogniser of ours, or of a Hugging Face model like Llama, BERT or T5.
@@ -47,6 +49,8 @@ def moefy(
         test: other data, to measure how much quality is kept.
         rows: tokens or frames to take of the data.
         relu_steps: steps of training with ReLU in place of GELU, SiLU or the gate's SiLU, before the cut.
+        tune_steps: steps of training after the cut, which teach the slices that are chosen to do without the others.
+            Not part of MoEfication as published.
         lr: learning rate of these steps.
         seed: of all that is drawn.
 
@@ -59,8 +63,8 @@ def moefy(
     if Path(output).resolve() == Path(model).resolve():
         raise MoleError(f"output {output}: is the old model; give another folder")
     cut = Cut(split, slices, active_slices(share, slices), router, seed)
-    if data is None and (cut.needs_rows or relu_steps):
-        raise MoleError("--data: is missing; the router mlp, the split coactivation and --relu-steps learn from data")
+    if data is None and (cut.needs_rows or relu_steps or tune_steps):
+        raise MoleError("--data: is missing; the router mlp, the split coactivation and trainings learn from data")
     host = open_host(model)
     if not host.parts():
         raise MoleError(f"{model}: has no dense feed-forward part to cut; `mole-asr convert dense` undoes a conversion")
@@ -77,6 +81,8 @@ def moefy(
     speed = measure_speed(parts, layers, shown)
     for name, layer in layers.items():
         host.put(name, layer)
+    if tune_steps:
+        imitate(host, open_host(model), batches, tune_steps, lr, seed)
     after = host.quality(tests) if tests else None
     host.save(output)
     return "\n".join([*lines_of(layers, errors, speed, before, after), f"{output}: written"])

@@ -15,6 +15,7 @@ from mole_asr.bench.timing import quiet, time_in_turn
 from mole_asr.convert.host import DensePart, Host, Quality, hidden_activations
 from mole_asr.convert.slicing import Cut, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
+from mole_asr.convert.training import imitate
 from mole_asr.moe.convert.fitting import mass_kept
 from mole_asr.moe.convert.sliced import RouterKind, SlicedLayer
 from mole_asr.moe.convert.splits import Split
@@ -117,5 +118,33 @@ def sweep_cuts(
                 if mine is not None:
                     mine.k = active
                 layer.choose_router(router, active, mine)
-            facts = {"split": split, "slices": slices, "router": router, "active": active}
-            yield facts | {"share": round(active / slices, 4)} | bench.measure(host, layers)
+            yield _facts(split, slices, router, active, 0) | bench.measure(host, layers)
+
+
+def tuned_cut(
+    bench: Bench,
+    cut: Cut,
+    teacher: Host,
+    batches: Sequence[Any],
+    steps: int,
+) -> dict[str, Any]:
+    """The row of one cut that is trained afterwards to say what the teacher says.
+
+    Args:
+        bench: the host.
+        cut: how it is cut.
+        teacher: the dense model.
+        batches: of its training data.
+        steps: of the training.
+    """
+    host = bench.host.clone()
+    layers = slice_parts(bench.parts, cut, bench.rows)
+    for name, layer in layers.items():
+        host.put(name, layer)
+    imitate(host, teacher, batches, steps, seed=cut.seed)
+    return _facts(cut.split, cut.slices, cut.router, cut.active, steps) | bench.measure(host, layers)
+
+
+def _facts(split: Split, slices: int, router: RouterKind, active: int, tuned: int) -> dict[str, Any]:
+    facts = {"split": split, "slices": slices, "router": router, "active": active, "tuned": tuned}
+    return facts | {"share": round(active / slices, 4)}

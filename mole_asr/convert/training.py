@@ -1,4 +1,4 @@
-"""Short trainings of a host: ReLU adaptation by distillation, and the loop that all short trainings share.
+"""Short trainings of a host: adaptation to ReLU and to fewer slices by distillation, and the loop that all share.
 
 Letters: N valid tokens or frames, V vocabulary.
 """
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from mole_asr.convert.host import Host, Prediction
 from mole_asr.errors import MoleError
+from mole_asr.moe.convert.sliced import SlicedLayer
 from mole_asr.moe.experts import Activation
 
 RELU: dict[Activation, Activation] = {
@@ -54,13 +55,38 @@ def relu_adaptation(host: Host, batches: Sequence[Any], steps: int, lr: float = 
     """
     teacher = host.clone()
     host.set_activation(RELU)
+    return imitate(host, teacher, batches, steps, lr, seed)
+
+
+def imitate(
+    host: Host, teacher: Host, batches: Sequence[Any], steps: int, lr: float = 1e-3, seed: int = 0
+) -> list[float]:
+    """Trains a whole model to say what another one says; routers of slices stay as they were fitted.
+
+    Args:
+        host: it is changed.
+        teacher: what it is to imitate; of the same kind.
+        batches: of its training data.
+        steps: optimizer steps.
+        lr: of AdamW, at most.
+        seed: of the order of the batches.
+
+    Returns:
+        The loss of each step.
+    """
 
     def loss_of(batch: Any) -> Tensor:
         with torch.no_grad():
             expected = teacher.predict(batch)
         return distillation_loss(host.predict(batch), expected)
 
-    return train(host.model, [{"params": host.model.parameters(), "lr": lr}], batches, loss_of, steps, seed)
+    routers = {id(parameter) for layer in host.layers().values() for parameter in _router_parameters(layer)}
+    trained = [parameter for parameter in host.model.parameters() if id(parameter) not in routers]
+    return train(host.model, [{"params": trained, "lr": lr}], batches, loss_of, steps, seed)
+
+
+def _router_parameters(layer: SlicedLayer) -> list[nn.Parameter]:
+    return [] if layer.router is None else list(layer.router.parameters())
 
 
 def train(

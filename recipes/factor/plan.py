@@ -59,11 +59,12 @@ MODELS = {
             ("--model.network.activation=swiglu", "--model.network.d_ff=512"),
             steps=100,
             rows=100_000,
-            test_rows=30_000,
+            test_rows=12_000,
         ),
-        Model("speech", "recogniser, SiLU", "speech", (), steps=100, rows=60_000, test_rows=16_000),
+        Model("speech", "recogniser, SiLU", "speech", (), steps=100, rows=60_000, test_rows=8_000),
     )
 }
+ROUNDS = 3  # of each timing
 LEARNINGS: tuple[Learning, ...] = ("oracle", "prior", "end_to_end", "untrained")
 SPLITS: tuple[Split, ...] = ("contiguous", "random", "clusters", "coactivation")
 WAYS = tuple(

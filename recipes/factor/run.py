@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from plan import CONFIG, HERE, MODELS, WAYS, Model, Way
+from plan import CONFIG, HERE, MODELS, ROUNDS, WAYS, Model, Way
 
 from mole_asr.convert.factor import KINDS, train_slices
 from mole_asr.convert.host import open_host
@@ -53,7 +53,7 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
     }
     batches = host.read(data["train"], options.rows or model.rows, seed)
     tests = host.read(data["test"], options.rows or model.test_rows, seed)
-    bench = Bench(host, host.record(batches[: max(1, len(batches) // 5)]), tests)
+    bench = Bench(host, host.record(batches[: max(1, len(batches) // 5)]), tests, ROUNDS)
     facts = {"model": model.name, "seed": seed, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
     figures = {name: round(value, 4) for name, value in bench.dense.figures.items()}
     results.add([facts | DENSE | {"share": 1.0, "score": round(bench.dense.score, 5)} | figures])

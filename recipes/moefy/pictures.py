@@ -33,7 +33,7 @@ def _figure(results: ResultFile, names: list[str], paint: Callable[[Axes, Result
         slices = MODELS[name].slices[0]
         for split in SPLITS:
             for router in ROUTERS:
-                rows = results.select(model=name, split=split, router=router, slices=slices)
+                rows = results.select(model=name, split=split, router=router, slices=slices, tuned=0)
                 if rows:
                     paint(axes, results, sorted(rows, key=lambda row: row["share"]), f"{split}, {router}")
         axes.axhline(95, color="#444444", linewidth=0.6)

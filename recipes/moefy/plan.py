@@ -10,6 +10,8 @@ from mole_asr.moe.convert.splits import Split
 HERE = Path(__file__).parent
 CONFIG = HERE / "config.yaml"
 SPLITS: tuple[Split, ...] = ("random", "clusters", "coactivation")
+TUNED: tuple[Split, ...] = ("coactivation",)
+"""Splits whose cuts at a quarter of the neurons, with the learned router, are trained afterwards too."""
 ROUTERS: tuple[RouterKind, ...] = ("oracle", "mlp", "centroid")
 
 
@@ -23,7 +25,7 @@ class Model:
         kind: "text" trains one by `config.yaml`, "speech" takes a trained one.
         of: name of the model that it is compared with: itself, or that which it was adapted from.
         words: for `mole-asr fit`.
-        slices: E of the sweep.
+        slices: E, the first for all splits, others for those of `TUNED` alone.
     """
 
     name: str
@@ -32,6 +34,11 @@ class Model:
     of: str
     words: tuple[str, ...] = ()
     slices: tuple[int, ...] = (8,)
+
+    @property
+    def cuts(self) -> list[tuple[Split, int]]:
+        """Splits and numbers of slices."""
+        return [(split, n) for n in self.slices for split in (SPLITS if n == self.slices[0] else TUNED)]
 
     @property
     def adapted(self) -> bool:
@@ -57,6 +64,10 @@ MODELS = {
 }
 SHARES = (0.125, 0.25, 0.5)
 CALIBRATION_ROWS = 20_000
-TEST_ROWS = {"text": 30_000, "speech": 16_000}
+TEST_ROWS = {"text": 12_000, "speech": 8_000}
+ROUNDS = 3  # of each timing
+TUNED_SHARE = 0.25
+TUNING = {"text": 120, "speech": 120}
+"""Steps of that training, on the data of the adaptation."""
 ADAPTATION = {"text": (200, 300_000), "speech": (150, 60_000)}
 """Steps of the ReLU adaptation, and rows of its data."""

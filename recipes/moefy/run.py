@@ -13,18 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from plan import ADAPTATION, CALIBRATION_ROWS, CONFIG, HERE, MODELS, ROUTERS, SHARES, SPLITS, TEST_ROWS, Model
+from plan import (
+    ADAPTATION,
+    CALIBRATION_ROWS,
+    CONFIG,
+    HERE,
+    MODELS,
+    ROUNDS,
+    ROUTERS,
+    SHARES,
+    TEST_ROWS,
+    TUNED,
+    TUNED_SHARE,
+    TUNING,
+    Model,
+)
 
 from mole_asr.convert.host import Host, open_host
-from mole_asr.convert.slicing import active_slices
-from mole_asr.convert.sweep import Bench, sweep_cuts
+from mole_asr.convert.slicing import Cut, active_slices
+from mole_asr.convert.sweep import Bench, sweep_cuts, tuned_cut
 from mole_asr.convert.training import relu_adaptation
 from mole_asr.errors import MoleError
 from mole_asr.score.results import ResultFile
 from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
 
-KEY = ("model", "split", "slices", "router", "active")
-DENSE = {"split": "dense", "slices": 1, "router": "dense", "active": 1}
+KEY = ("model", "split", "slices", "router", "active", "tuned")
+DENSE = {"split": "dense", "slices": 1, "router": "dense", "active": 1, "tuned": 0}
 
 
 def data_of(model: Model, split: str, options: argparse.Namespace) -> str:
@@ -46,41 +60,56 @@ def folder_of(model: Model, options: argparse.Namespace) -> Path:
     return options.runs / model.name / "model"
 
 
+def training_data(model: Model, host: Host, options: argparse.Namespace) -> list[Any]:
+    """Batches to adapt and to tune by."""
+    rows = options.training[1] if options.training else ADAPTATION[model.kind][1]
+    return host.read(data_of(model, "train", options), rows, options.seeds[0] + 1)
+
+
 def host_of(model: Model, options: argparse.Namespace) -> Host:
     """The dense model, adapted where it is to be."""
     host = open_host(folder_of(MODELS[model.of], options))
     if model.adapted:
-        steps, rows = options.adaptation or ADAPTATION[model.kind]
-        batches = host.read(data_of(model, "train", options), rows, options.seeds[0] + 1)
+        steps = options.training[0] if options.training else ADAPTATION[model.kind][0]
         print(f"{model.name}: {steps} steps of adaptation to ReLU", flush=True)
-        losses = relu_adaptation(host, batches, steps, seed=options.seeds[0])
+        losses = relu_adaptation(host, training_data(model, host, options), steps, seed=options.seeds[0])
         print(f"distillation loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)
     return host
 
 
 def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> None:
     """All cuts of a model that results.json lacks."""
-    missing = [
-        (split, slices)
-        for slices in model.slices
-        for split in SPLITS
-        if not results.select(model=model.name, split=split, slices=slices)
-    ]
-    if not missing:
+    plain = [cut for cut in model.cuts if not _has(results, model, *cut, tuned=False)]
+    tuned = [cut for cut in model.cuts if cut[0] in TUNED and not _has(results, model, *cut, tuned=True)]
+    if not plain and not tuned:
         return
     host, seed = host_of(model, options), options.seeds[0]
     rows = host.record(host.read(data_of(model, "train", options), options.rows or CALIBRATION_ROWS, seed))
-    bench = Bench(host, rows, host.read(data_of(model, "test", options), options.rows or TEST_ROWS[model.kind], seed))
+    tests = host.read(data_of(model, "test", options), options.rows or TEST_ROWS[model.kind], seed)
+    bench = Bench(host, rows, tests, ROUNDS)
     facts = {"model": model.name, "seed": seed, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
     quality = {name: round(value, 4) for name, value in bench.dense.figures.items()}
     dense: dict[str, Any] = {"share": 1.0, "score": round(bench.dense.score, 5), **quality}
     results.add([facts | DENSE | dense | {"silent_share": round(bench.silent_share(), 4)}])
-    for split, slices in missing:
+    for split, slices in plain:
         actives = sorted({active_slices(share, slices) for share in SHARES})
-        found = [facts | row for row in sweep_cuts(bench, split, slices, actives, ROUTERS, seed)]
-        results.add(found)
-        for row in found:
-            print(*(f"{row[name]}" for name in KEY), f"score {row['score']}", f"{row['speed_up']} x", flush=True)
+        _note(results, [facts | row for row in sweep_cuts(bench, split, slices, actives, ROUTERS, seed)])
+    teacher = open_host(folder_of(MODELS[model.of], options))
+    for split, slices in tuned:
+        cut = Cut(split, slices, active_slices(TUNED_SHARE, slices), "mlp", seed)
+        steps = options.training[0] if options.training else TUNING[model.kind]
+        _note(results, [facts | tuned_cut(bench, cut, teacher, training_data(model, host, options), steps)])
+
+
+def _has(results: ResultFile, model: Model, split: str, slices: int, tuned: bool) -> bool:
+    rows = results.select(model=model.name, split=split, slices=slices)
+    return any(bool(row["tuned"]) == tuned for row in rows)
+
+
+def _note(results: ResultFile, rows: list[dict[str, Any]]) -> None:
+    results.add(rows)
+    for row in rows:
+        print(*(f"{row[name]}" for name in KEY), f"score {row['score']}", f"{row['speed_up']} x", flush=True)
 
 
 def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
@@ -107,7 +136,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--speech", type=Path, default=root / "runs/prompts5/model", help="recogniser (%(default)s)")
     parser.add_argument("--speech-data", type=Path, default=root / "data/prompts5", help="its corpus (%(default)s)")
     parser.add_argument("--rows", type=int, help="tokens or frames to cut by and to test on; default: as plan.py says")
-    parser.add_argument("--adaptation", type=int, nargs=2, metavar=("STEPS", "ROWS"), help="default: as plan.py says")
+    parser.add_argument("--training", type=int, nargs=2, metavar=("STEPS", "ROWS"), help="short ones, else as plan.py")
     options = parser.parse_args(words)
     from pictures import draw
     from tables import write_tables

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from plan import MODELS, ROUTERS, SPLITS
+from plan import MODELS, ROUTERS
 
 from mole_asr.score.markdown import ABSENT, markdown_pictures, markdown_table, write_between_marks
 from mole_asr.score.results import ResultFile, Row
@@ -59,11 +59,13 @@ def _reach(results: ResultFile) -> str:
     for name, model in MODELS.items():
         for slices in model.slices:
             for router in ROUTERS:
-                rows = results.select(model=name, slices=slices, router=router, share=0.25)
-                if rows:
-                    best = max(rows, key=lambda row: row["score"])
-                    cells = [model.title, str(slices), router, best["split"], _percent(kept(results, best))]
-                    lines.append([*cells, f"{best['speed_up']:.2f} x", f"{best['model_speed_up']:.2f} x"])
+                found = results.select(model=name, slices=slices, router=router, share=0.25)
+                for rows in ([row for row in found if not row["tuned"]], [row for row in found if row["tuned"]]):
+                    if rows:
+                        best = max(rows, key=lambda row: row["score"])
+                        chosen_by = f"{router}, tuned {best['tuned']} steps" if best["tuned"] else router
+                        cells = [model.title, str(slices), chosen_by, best["split"], _percent(kept(results, best))]
+                        lines.append([*cells, f"{best['speed_up']:.2f} x", f"{best['model_speed_up']:.2f} x"])
     return markdown_table(header, lines) if lines else ""
 
 
@@ -74,11 +76,11 @@ def _sweep(results: ResultFile, model: str, slices: int) -> str:
         return ""
     header = [f"{MODELS[model].title}, {slices} slices", "router", *(f"{100 * share:g} %" for share in shares)]
     lines = []
-    for split in SPLITS:
+    for split in [split for split, number in MODELS[model].cuts if number == slices]:
         for router in ROUTERS:
             cells = [split, router]
             for share in shares:
-                found = results.select(model=model, slices=slices, split=split, router=router, share=share)
+                found = results.select(model=model, slices=slices, split=split, router=router, share=share, tuned=0)
                 cells.append(
                     f"{_percent(kept(results, found[0]))} ({_figure(found[0])}), {found[0]['speed_up']:.2f} x"
                     if found

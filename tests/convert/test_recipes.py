@@ -72,11 +72,7 @@ def shrink(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, activations: dict[st
     for name, activation in activations.items():
         model = dataclasses.replace(recipe["plan"].MODELS[name], words=(f"--model.network.activation={activation}",))
         monkeypatch.setitem(recipe["plan"].MODELS, name, model)
-    monkeypatch.setattr(recipe["run"], "SPLITS", ("random", "coactivation"))
-    monkeypatch.setattr(recipe["run"], "ROUTERS", ("oracle", "mlp"))
-    monkeypatch.setattr(recipe["run"], "SHARES", (0.25,))
     monkeypatch.setattr("mole_asr.convert.speed.ROWS", 64)
-    monkeypatch.setattr("mole_asr.convert.sweep.Bench.repeat", 1)
 
 
 def test_moefy(
@@ -88,15 +84,18 @@ def test_moefy(
 ) -> None:
     recipe = make("moefy")
     shrink(recipe, monkeypatch, {"swiglu": "swiglu"})
+    monkeypatch.setattr(recipe["plan"], "SPLITS", ("random", "coactivation"))
+    for name, values in {"ROUTERS": ("oracle", "mlp"), "SHARES": (0.25,), "ROUNDS": 1}.items():
+        monkeypatch.setattr(recipe["run"], name, values)
     main, folder = recipe["run"].main, tmp_path / "moefy"
-    assert main([*words, "--adaptation", "2", "100"]) == 0
+    assert main([*words, "--training", "2", "100"]) == 0
     shown = capsys.readouterr().out
     rows = json.loads((folder / "results.json").read_text())
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["model"]] = counts.get(row["model"], 0) + 1
-    # One dense row; two splits and routers, for each number of slices.
-    assert counts == {"relu": 9, **dict.fromkeys(("swiglu", "swiglu-adapted", "speech", "speech-adapted"), 5)}
+    # One dense row; two splits and routers and one that is tuned, for each number of slices.
+    assert counts == {"relu": 9, **dict.fromkeys(("swiglu", "swiglu-adapted", "speech", "speech-adapted"), 6)}
     dense = {row["model"]: row for row in rows if row["router"] == "dense"}
     assert dense["swiglu"]["silent_share"] == 0 < dense["relu"]["silent_share"]
     assert dense["swiglu-adapted"]["silent_share"] > 0.05 and dense["speech-adapted"]["silent_share"] > 0.05
@@ -108,16 +107,17 @@ def test_moefy(
         mine = {
             (row["split"], row["router"], row["active"]): row["mass_kept"]
             for row in rows
-            if (row["model"], row["slices"]) == (name, 8)
+            if (row["model"], row["slices"], row["tuned"]) == (name, 8, 0)
         }
         for (split, router, active), value in mine.items():
             assert router == "dense" or value <= mine[split, "oracle", active] + 1e-4
+    assert "| mlp, tuned 2 steps | coactivation |" in shown
     readme = (folder / "README.md").read_text()
     assert "| text, ReLU, 16 slices | router |" in shown and "| coactivation | mlp |" in readme
     assert (folder / "quality.svg").exists() and (folder / "speed.svg").exists()
     assert load_text_model(tmp_path / "runs/swiglu/model").model.config.activation == "swiglu"
     before = (folder / "results.json").read_bytes()
-    assert main([*words, "--adaptation", "2", "100"]) == 0  # what is done stays done
+    assert main([*words, "--training", "2", "100"]) == 0  # what is done stays done
     assert (folder / "results.json").read_bytes() == before
     assert main(["--table", "--results", str(folder)]) == 0
 
@@ -142,6 +142,7 @@ def test_factor(
     ways = [way for way in recipe["plan"].WAYS if way.active == 1 and way.split in ("random", "clusters")]
     for module in ("run", "tables", "pictures"):
         monkeypatch.setattr(recipe[module], "WAYS", ways)
+    monkeypatch.setattr(recipe["run"], "ROUNDS", 1)
     main, folder = recipe["run"].main, tmp_path / "factor"
     words = [*words, "--text-runs", str(tmp_path / "runs"), "--tuning-steps", "3"]
     assert main(words) == 0
