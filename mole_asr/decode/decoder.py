@@ -29,7 +29,7 @@ WEIGHTS: dict[LmMode | None, Weights] = {
     "fusion": Weights(ngram=0.4, lm=0.4, bonus=1.5),
 }
 # Utterances that are searched side by side; more take more memory.
-_TOGETHER = 16
+_TOGETHER = 48
 
 
 @dataclass(eq=False)

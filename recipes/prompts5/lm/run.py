@@ -100,8 +100,8 @@ class Dev:
         self.heard = listen(self.transcriber, self.reference)
         self.heard.sort(key=lambda each: -len(each.log_probs_TV))
 
-    def choose(self, name: str) -> list[Row]:
-        """Chooses the weights of a system; its rows."""
+    def choose(self, name: str, before: Row) -> list[Row]:
+        """Chooses the weights of a system, after those of another; its rows."""
         system, decoder = SYSTEMS[name], self.transcriber.decoder
         decoder.fusion = decoder.rescorer = None
         decoder.beam = CtcDecoder.beam if system.beam is None else system.beam
@@ -114,7 +114,8 @@ class Dev:
             print(f"{name} {weights}: macro WER {report.macro.wer:.2f} %, CER {report.macro.cer:.2f} %", flush=True)
             return report.macro.wer or 0.0, report.macro.cer or 0.0
 
-        weights, _ = choose(system.start, rates)
+        start = {key: before.get(key, 0.0) for key in ("ngram", "lm", "bonus")} | system.start
+        weights = Weights(**start) if system.mode is None else choose(Weights(**start), rates)[0]
         report = self._score(lists.best(weights))
         return [facts(name, "dev") | asdict(weights) | row for row in language_rows(report)]
 
@@ -195,7 +196,8 @@ def run(places: Places, results: ResultFile, fit_words: list[str]) -> None:
     dev = Dev(places) if missing else None
     for name in missing:
         assert dev is not None
-        results.add(dev.choose(name))
+        rows = results.select(system=SYSTEMS[name].after, split="dev", language="all")
+        results.add(dev.choose(name, rows[0] if rows else {}))
     for name in sorted(SYSTEMS, key=lambda name: name != AGAINST):
         if not results.select(system=name, split="test"):
             results.add(measure(name, places, results.select(system=name, split="dev", language="all")[0]))

@@ -1,12 +1,12 @@
 """The ways of decoding that are compared, and how their weights are chosen on the dev split."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from mole_asr.decode.beam import Hypothesis, Weights
-from mole_asr.decode.decoder import CtcDecoder, LmMode
+from mole_asr.decode.decoder import WEIGHTS, CtcDecoder, LmMode
 
 
 @dataclass(frozen=True)
@@ -16,26 +16,27 @@ class System:
     Attributes:
         title: for tables.
         mode: of the language model; None without one.
-        start: where the choice of weights begins; those that are 0 stay 0.
+        start: where the choice of weights begins.
+        after: a system whose weights are chosen before; this one begins with those of them that `start` lacks.
         beam: prefixes of the search; 0 for greedy, None for the default.
     """
 
     title: str
-    mode: LmMode | None
-    start: Weights
+    mode: LmMode | None = None
+    start: dict[str, float] = field(default_factory=dict)
+    after: str | None = None
     beam: int | None = None
 
 
+_NOTHING = {"ngram": 0.0, "lm": 0.0, "bonus": 0.0}
 SYSTEMS = {
-    "greedy": System("greedy", None, Weights(0, 0, 0), beam=0),
-    "beam": System("beam search", None, Weights(0, 0, 0)),
-    "ngram": System("n-grams (the default)", None, Weights(0.4, 0, 0.9)),
-    "ngram-rescore": System("n-grams, rescored", "rescore", Weights(0.4, 0.4, 1.3)),
-    "ngram-fusion": System("n-grams and fusion", "fusion", Weights(0.4, 0.4, 1.3)),
-    "rescore": System("without n-grams, rescored", "rescore", Weights(0, 0.6, 1.3)),
-    "fusion": System("fusion without n-grams", "fusion", Weights(0, 0.6, 1.3)),
+    "greedy": System("greedy", start=_NOTHING, beam=0),
+    "beam": System("beam search", start=_NOTHING),
+    "ngram": System("n-grams (the default)", start=asdict(WEIGHTS[None])),
+    "rescore": System("n-grams, rescored", "rescore", {"lm": 0.4, "bonus": 1.3}, "ngram"),
+    "fusion": System("n-grams and fusion", "fusion", {}, "rescore"),
 }
-STEPS = {"ngram": 0.2, "lm": 0.2, "bonus": 0.4}
+STEPS = {"lm": 0.2, "bonus": 0.4}  # of what is chosen for a language model; the n-grams keep their weight
 Rates = tuple[float, float]
 
 
@@ -43,17 +44,16 @@ def choose(start: Weights, rates: Callable[[Weights], Rates]) -> tuple[Weights, 
     """Moves one weight after the other by a step while that lowers the error rates, until no step does.
 
     Args:
-        start: weights to begin with; those that are 0 stay 0.
+        start: weights to begin with; those that are moved stay above 0.
         rates: macro word and character error rate on the dev split; the latter decides between equal former ones.
     """
     best, lowest = start, rates(start)
-    free = [name for name in STEPS if getattr(start, name)]
     tried = {start}
     improved = True
     while improved:
         improved = False
-        for name in free:
-            for step in (STEPS[name], -STEPS[name]):
+        for name, size in STEPS.items():
+            for step in (size, -size):
                 while True:
                     weights = replace(best, **{name: round(getattr(best, name) + step, 3)})
                     if getattr(weights, name) <= 0 or weights in tried:
