@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mole_asr.asr.mixture import ExpertMixture, MixtureFeedForward
+from mole_asr.moe.convert.sliced import sliced_layers
 from mole_asr.moe.statistics import expert_cost
 
 
@@ -14,7 +15,7 @@ class Parameters:
 
     Attributes:
         total: of the whole model, without experts that its config never chooses (the language experts with r = 0).
-        active: those that compute one frame: of each layer of experts the chosen ones only.
+        active: those that compute one frame: of each layer of experts, and of each sliced part, the chosen ones only.
     """
 
     total: int
@@ -32,6 +33,9 @@ def count_parameters(model: nn.Module) -> Parameters:
             active -= cost.total_parameters - round(cost.active_parameters)
             if not chosen:
                 total -= cost.total_parameters - round(cost.active_parameters)
+    for sliced in sliced_layers(model).values():
+        cost = expert_cost(sliced.experts, sliced.config.active)
+        active -= cost.total_parameters - round(cost.active_parameters)
     if mixture.language_embedding is not None:
         active -= mixture.language_embedding.weight.numel() - mixture.d_model
     return Parameters(total, active)

@@ -10,6 +10,7 @@ import torch
 
 from mole_asr import cli
 from mole_asr.asr.grow import grow_model
+from mole_asr.asr.parameters import count_parameters
 from mole_asr.convert.factor import EndToEndRouter, factor, route_loss, train_slices
 from mole_asr.convert.host import Host, open_host
 from mole_asr.convert.moefy import moefy
@@ -299,3 +300,12 @@ def test_a_sliced_recogniser_may_grow(speech: Path) -> None:
     with torch.no_grad():
         expected = host.model(batch.audio_BS, batch.audio_lengths_B).log_probs_BTV
         assert torch.equal(grown(batch.audio_BS, batch.audio_lengths_B).log_probs_BTV, expected)
+
+
+def test_parameters_that_compute_a_frame_are_counted(speech: Path) -> None:
+    dense = count_parameters(open_host(speech / "model").model)
+    host, _ = sliced_host(speech / "model", Cut("random", 4, 1, "oracle"))
+    sliced = count_parameters(host.model)
+    of_experts = sum(p.numel() for layer in host.layers().values() for p in layer.experts.parameters())
+    assert sliced.total == dense.total
+    assert dense.active - sliced.active == of_experts * 3 // 4
