@@ -27,7 +27,9 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     for layer in model.modules():
         if isinstance(layer, MixtureFeedForward) and mixture is not None:
             experts = layer.moe.experts
-            named = mixture.config.mixture == "language" and len(mixture.expert_names) == experts.num_experts
+            named = (
+                mixture.config.mixture in ("language", "forced") and len(mixture.expert_names) == experts.num_experts
+            )
             names = mixture.expert_names if named else [str(number) for number in range(experts.num_experts)]
             for parameter_name, parameter in experts.named_parameters():
                 if parameter.grad is None:

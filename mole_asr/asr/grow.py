@@ -57,6 +57,8 @@ def grow_model(
     if model.mixture.kept is not None:
         raise MoleError("the model to start from was pruned; take the one that it was made of")
     config = grown_config(model.config, model.languages, new_languages, expert_of or {})
+    if config.mixture == "forced" and set(config.expert_names(new_languages)) > set(model.mixture.expert_names):
+        raise MoleError("the model's routers know no new expert; name the one that a new language shares (--family)")
     grown = _wider(model, config, new_languages, new_tokenizer.vocab_size)
     rebuild(grown, describe(model))
     old_state = model.state_dict()

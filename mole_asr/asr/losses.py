@@ -44,10 +44,9 @@ def mixture_losses(decision: Decision, languages_B: Tensor) -> dict[str, Tensor]
         if decision.families is not None:
             logits, languages_B = decision.families.logits(logits), decision.families.of(languages_B)
         named["reliability"] = reliability_loss(context.reliability_logits, logits, languages_B, rows)
-    # A plan of the language is supervised: balance comes from how languages are sampled.
-    unsupervised = [plan for plan in decision.plans if decision.plan is None]
-    if unsupervised:
-        named["balance"] = torch.stack([load_balance_loss(plan) for plan in unsupervised]).mean()
+    # Where labels choose experts, balance comes from how languages are sampled.
+    if decision.balances and decision.plans:
+        named["balance"] = torch.stack([load_balance_loss(plan) for plan in decision.plans]).mean()
     return named
 
 

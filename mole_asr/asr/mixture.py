@@ -22,6 +22,7 @@ from mole_asr.moe.layer import MoELayer
 from mole_asr.moe.plan import RoutingPlan
 from mole_asr.moe.routers import (
     Families,
+    ForcedLabelRouter,
     LanguageGroupRouter,
     LanguageRouter,
     Reliability,
@@ -33,7 +34,7 @@ from mole_asr.moe.routers import (
 from mole_asr.moe.routers.language import routed_language, units_of
 from mole_asr.moe.rows import PackedRows
 
-Mixture = Literal["language", "group", "switch", "omni", "dense"]
+Mixture = Literal["language", "group", "forced", "switch", "omni", "dense"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,15 @@ class MixtureConfig:
         mixture: who chooses the experts of the MoLE blocks. "language": the language tokenizer, mixed with an agnostic
             expert by reliability (MoLE), or alone (reliability "one"; with routing_unit "frame" that is LR-MoE, arXiv
             2307.05956). "group": the language tokenizer a group of experts, and a router of the layer the best in it
-            (DLG-MoE, arXiv 2407.18581). "switch": a router of the layer (Switch, arXiv 2101.03961). "omni": one router
-            for all layers (Omni-router, arXiv 2507.05724). "dense": nobody; there is one feed-forward part.
+            (DLG-MoE, arXiv 2407.18581). "forced": a router of the layer, in training always with the expert of the
+            language among the chosen (Post-MoE, arXiv 2410.10626). "switch": a router of the layer (Switch, arXiv
+            2101.03961). "omni": one router for all layers (Omni-router, arXiv 2507.05724). "dense": nobody; there is
+            one feed-forward part.
         expert_d_ff: width of each expert, or of the one feed-forward part; null: that of the other feed-forward parts.
-        expert_of: with "language": "language" gives each language an expert of its own, "family" each family of
-            `corpus/families.py`; or, for each language, a name: those of one name share an expert.
+        expert_of: with "language" and "forced": "language" gives each language an expert of its own, "family" each
+            family of `corpus/families.py`; or, for each language, a name: those of one name share an expert.
         num_experts: with "switch" and "omni" the experts of a layer, with "group" those of a language.
-        top_k: with "switch", "omni" and "group", how many of them compute a frame.
+        top_k: with "switch", "omni", "group" and "forced" (at least 2 there), how many of them compute a frame.
         routing_unit: "utterance" or "frame" (for code-switching): what the language is decided for.
         reliability: definition of r: "max_posterior", "entropy", "sigmoid" or "gumbel"; "one" and "zero" are ablations.
         temperature: of the language posterior.
@@ -150,6 +153,7 @@ class Decision:
         router: of all layers ("omni").
         families: which languages share an expert; None where none do.
         newest_B: int64, the newest generation of pieces that each utterance's language may use; None for all.
+        balances: whether routers choose experts without labels, so that a loss must see to an even load.
         plans: what each layer did, lowest first; the layers fill it.
     """
 
@@ -160,6 +164,7 @@ class Decision:
     router: Router | None = None
     families: Families | None = None
     newest_B: Tensor | None = None
+    balances: bool = False
     plans: list[RoutingPlan] = field(default_factory=list)
 
     @property
@@ -218,7 +223,9 @@ class ExpertMixture(nn.Module):
         self.generations: tuple[tuple[int, int], ...] = ()
         names = config.expert_names(languages)
         self.expert_names = list(dict.fromkeys(names))  # in the order of their first languages: growing appends
-        own = len(self.expert_names) == len(languages)
+        own, most = len(self.expert_names) == len(languages), len(self.expert_names)
+        few = config.mixture == "forced" and not min(2, most) <= config.top_k <= most
+        config.refuse([(few, f"top_k: {config.top_k} must be 2..{most}, the experts of these languages")])
         self.families = None if own else [self.expert_names.index(name) for name in names]
         self.language_tokenizer = LanguageTokenizer(d_model, len(languages), config.reliability == "sigmoid")
         self.arrange()
@@ -269,6 +276,9 @@ class ExpertMixture(nn.Module):
             num_experts = self.language_router.num_experts
         elif config.mixture == "switch":
             router = self._top_k_router()
+        elif config.mixture == "forced":
+            num_experts = len(self.expert_names)
+            router = ForcedLabelRouter(self.d_model, num_experts, config.top_k, families=self.families)
         elif config.mixture == "group":
             num_experts *= self.num_languages
             router = LanguageGroupRouter(
@@ -326,7 +336,8 @@ class ExpertMixture(nn.Module):
         if self.kept is not None:
             evidence = evidence.select(self.kept)
         families = self.language_router.families
-        return x_BTD, Decision(evidence, heard, context, plan, self.router, families, newest_B)
+        balances = self.config.mixture in ("switch", "omni", "group")
+        return x_BTD, Decision(evidence, heard, context, plan, self.router, families, newest_B, balances)
 
     def _language_vectors(self, context: RoutingContext) -> Tensor:
         """The vector of each utterance's language [B, 1, D], or of each frame's [B, T, D] (zero at padding)."""

@@ -53,7 +53,7 @@ class PretrainedConfig(MixtureConfig):
     num_mole_blocks: int = 2
     language_tokenizer_block: int = 4
     attention_head: bool = True
-    second_hearing: float = 0.67
+    second_hearing: float = 0.5
 
 
 class NormalizedCTCHead(nn.Module):

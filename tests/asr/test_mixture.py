@@ -27,6 +27,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "omni": {"mixture": "omni", "expert_d_ff": WIDTH, "num_experts": 4, "num_mole_blocks": 2},
     "lr-moe": {"reliability": "one", "routing_unit": "frame", "expert_d_ff": WIDTH},
     "dlg-moe": {"mixture": "group", "routing_unit": "frame", "expert_d_ff": WIDTH // 2, "num_experts": 3, "top_k": 2},
+    "post-moe": {"mixture": "forced", "expert_d_ff": WIDTH // 2, "top_k": 2},
+    "post-moe of families": {"mixture": "forced", "expert_of": "family", "expert_d_ff": WIDTH // 2, "top_k": 2},
     "group by utterance": {"mixture": "group", "expert_d_ff": WIDTH, "num_experts": 2},
     "mole": {"expert_d_ff": WIDTH // 2},
     "mole sigmoid by frame": {"expert_d_ff": WIDTH // 2, "reliability": "sigmoid", "routing_unit": "frame"},
@@ -198,7 +200,12 @@ def test_a_grown_system_knows_what_it_knew(
     make_model: Callable[..., MoleModel], tokenizer: TextTokenizer, batch: Batch, name: str
 ) -> None:
     old = make_model(**SYSTEMS[name]).eval()
-    grown = grow_model(old, tokenizer, tokenizer, [*LANGUAGES, "ru"]).eval()
+    expert_of = None
+    if old.config.mixture == "forced":  # its routers choose among all experts
+        with pytest.raises(MoleError, match="--family"):
+            grow_model(old, tokenizer, tokenizer, [*LANGUAGES, "ru"])
+        expert_of = {"ru": old.mixture.expert_names[-1]}
+    grown = grow_model(old, tokenizer, tokenizer, [*LANGUAGES, "ru"], expert_of).eval()
     told = torch.tensor([0, 1, 2, 1])
     with torch.no_grad():
         before, after = (model(batch.audio_BS, batch.audio_lengths_B, told) for model in (old, grown))
@@ -255,3 +262,21 @@ def test_a_config_that_cannot_be_built_is_named_in_one_line(changes: dict, key: 
     with pytest.raises(MoleError) as caught:
         small_config(**changes)
     assert str(caught.value).startswith(f"model.encoder.{key}") and "\n" not in str(caught.value)
+
+
+def test_the_labels_expert_computes_in_training_alone(make_model: Callable[..., MoleModel], batch: Batch) -> None:
+    model = make_model(mixture="forced", top_k=2, routing="true", dropout=0.0)
+    trained = run(model.train(), batch, told=True)
+    heard = run(model.eval(), batch, told=True)
+    languages_N = batch.languages_B[trained.frames.rows.utterance_of_row]
+    shares = []
+    for output in (trained, heard):
+        (plan,) = output.decision.plans
+        shares.append(float((plan.expert_ids == languages_N[:, None]).any(-1)[languages_N >= 0].float().mean()))
+        assert plan.expert_ids.shape[1] == 2 and "balance" not in losses(output, batch)
+    assert shares[0] == 1 > shares[1]
+
+
+def test_post_moe_needs_two_experts_a_frame(make_model: Callable[..., MoleModel]) -> None:
+    with pytest.raises(MoleError, match=r"top_k: 1 must be 2\.\.3"):
+        make_model(mixture="forced", top_k=1)

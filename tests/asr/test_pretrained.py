@@ -56,6 +56,7 @@ def attention_loss(model: PretrainedModel, batch: Batch, smoothing: float = 0.1)
         {"routing_unit": "frame", "reliability": "entropy"},
         {"num_mole_blocks": 0, "mixture": "dense", "language_tokenizer_block": 2},
         {"mixture": "dense"},
+        {"mixture": "forced", "top_k": 2},
     ],
 )
 def test_training_starts_from_whispers_own_function(
