@@ -99,6 +99,20 @@ def test_lm_adaptive(
     assert (folder / "results.json").read_bytes() == before
     assert main([*words[:-1], "5", *systems]) == 1
     assert "come from 4 steps, not 5" in capsys.readouterr().err
+    assert main([*words, *systems, "--speed"]) == 1
+    assert "holds no model of dense, top-2, adaptive-shuffled, adaptive-0.4 to time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lm_adaptive", "lm_families"])
+def test_a_users_mistake_is_one_line(
+    make: Callable[[str], Recipe], words: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make(name)
+    results = recipe["plan"].HERE / "results.json"
+    results.write_text("[{")
+    assert recipe["run"].main([*words, "--table"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"run.py: {results}: not JSON") and error.count("\n") == 1
 
 
 def test_equal_loss_by_hand(make: Callable[[str], Recipe]) -> None:

@@ -10,8 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
+from mole_asr.score.results import read_json
+
+# Keys that say where something lies, at the end of their names: a folder may move.
+_PLACES = ("manifest", "tokenizer", "_texts", "init_from")
 
 
 def train(folder: Path, words: Sequence[str], extra: Sequence[str] = ()) -> float:
@@ -26,12 +31,12 @@ def train(folder: Path, words: Sequence[str], extra: Sequence[str] = ()) -> floa
         Seconds of the training, those of interrupted attempts included.
 
     Raises:
-        MoleError: the folder holds a run of another configuration.
+        MoleError: the folder holds a run of another configuration, or its training.json is damaged.
     """
     from mole_asr.fit import fit
 
     notes, settings = folder / "training.json", settings_of(words)
-    state = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {"seconds": 0.0, "done": False}
+    state = read_json(notes, {"seconds": 0.0, "done": False})
     if state.setdefault("settings", settings) != settings:
         raise MoleError(f"{folder} was trained with another configuration: remove it, or give another --runs")
     if state["done"] and (folder / "model" / "model.safetensors").exists():
@@ -39,14 +44,19 @@ def train(folder: Path, words: Sequence[str], extra: Sequence[str] = ()) -> floa
     if state["done"]:  # somebody removed the model
         state |= {"seconds": 0.0, "done": False}
     start, before = time.monotonic(), state["seconds"]
+    _note(notes, state)  # before all, as a process may be killed
     try:
         fit([*words, f"--output={folder}", *extra])
         state["done"] = True
     finally:
         state["seconds"] = before + time.monotonic() - start
-        write_text(notes, json.dumps(state, indent=1) + "\n")
+        _note(notes, state)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return state["seconds"]
+
+
+def _note(path: Path, state: dict[str, Any]) -> None:
+    write_text(path, json.dumps(state, indent=1) + "\n")
 
 
 def settings_of(words: Sequence[str]) -> list[str]:
@@ -61,7 +71,7 @@ def settings_of(words: Sequence[str]) -> list[str]:
         if name == "--config":
             lines = Path(value).read_text(encoding="utf-8").splitlines()
             settings += [line.rstrip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        elif not any(part in name for part in ("manifest", "tokenizer", "_texts", "init_from")):
+        elif not name.endswith(_PLACES):
             settings.append(word)
     return settings
 
@@ -92,6 +102,23 @@ def need_texts(folder: Path, source: str | None) -> None:
         prepare(folder, source=source)
 
 
+def read_test_texts(folder: Path, languages: Sequence[str]) -> dict[str, Sequence[str]]:
+    """The test split in the languages of a model, in their order.
+
+    Args:
+        folder: of the texts.
+        languages: codes.
+
+    Raises:
+        MoleError: the split cannot be read, or lacks a language.
+    """
+    path = folder / "texts_test.jsonl"
+    texts = read_texts(path)
+    if missing := [code for code in languages if code not in texts]:
+        raise MoleError(f"{path}: has no text in {', '.join(missing)}; give a --data that has")
+    return {code: texts[code] for code in languages}
+
+
 def step_words(steps: int, trainer: Mapping[str, Any]) -> list[str]:
     """Words for `mole-asr fit` to make another number of steps; a short training is validated and logged too.
 
@@ -113,8 +140,8 @@ def recipe_parser(description: str, here: Path, data: str) -> argparse.ArgumentP
     """
     root, style = here.parents[1], argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=style)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, help="of each training; default: as the configs say")
+    parser.add_argument("--seeds", nargs="+", type=_whole_number, default=[0])
+    parser.add_argument("--steps", type=_positive_number, help="of each training; default: as the configs say")
     parser.add_argument("--data", type=Path, default=root / data, help="folder of the corpus (%(default)s)")
     parser.add_argument("--source", help="folder with the packages of the corpus, where they are fetched already")
     parser.add_argument("--runs", type=Path, default=root / "runs" / here.name, help="folder of the runs (%(default)s)")
@@ -122,6 +149,18 @@ def recipe_parser(description: str, here: Path, data: str) -> argparse.ArgumentP
     parser.add_argument("--table", action="store_true", help="train nothing: only write the tables into README.md")
     parser.add_argument("--pictures", action="store_true", help="train nothing: only draw the pictures")
     return parser
+
+
+def _whole_number(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 0 on")
+    return int(word)
+
+
+def _positive_number(word: str) -> int:
+    if not _whole_number(word):
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(word)
 
 
 def run_recipe(

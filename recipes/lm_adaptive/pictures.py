@@ -27,9 +27,9 @@ def _curves(results: ResultFile) -> Figure:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for name, colour in _SHOWN.items():
-        for row in results.select(system=name, kind="quality"):
+        for number, row in enumerate(results.select(system=name, kind="quality")):
             curve = row["curve"][len(row["curve"]) // 4 :]
-            title = SYSTEMS[name].title if row["seed"] == 0 else None
+            title = SYSTEMS[name].title if number == 0 else None
             for place, (column, unit) in enumerate(((CPU, 1), (FLOPS, 1e12))):
                 values = [[point[column] / unit for point in curve], [point[BITS] for point in curve]]
                 axes[place].plot(*values, color=colour, marker=".", label=title)

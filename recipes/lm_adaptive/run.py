@@ -8,8 +8,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from datetime import date
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +15,9 @@ import torch
 import yaml
 from plan import BASE, HERE, SYSTEMS, System
 
-from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, step_words, train
+from mole_asr.score.runs import code_version, need_texts, read_test_texts, recipe_parser, run_recipe, step_words, train
 from mole_asr.text.checkpoint import load_text_model
 from mole_asr.text.evaluate import evaluate
 from mole_asr.text.report import quality, training
@@ -35,12 +32,6 @@ _SPLITS = {"train": "train", "valid": "dev"}
 def config() -> dict[str, Any]:
     """The base of all systems."""
     return yaml.safe_load(BASE.read_text(encoding="utf-8"))
-
-
-def test_texts(data: Path) -> dict[str, Sequence[str]]:
-    """The test split in the languages of the models."""
-    texts = read_texts(data / "texts_test.jsonl")
-    return {code: texts[code] for code in config()["data"]["languages"]}
 
 
 def measure(system: System, seed: int, options: argparse.Namespace, results: ResultFile) -> None:
@@ -59,7 +50,7 @@ def measure(system: System, seed: int, options: argparse.Namespace, results: Res
     texts = {f"--data.{key}_texts": options.data / f"texts_{split}.jsonl" for key, split in _SPLITS.items()}
     train(folder, words + [f"{key}={path}" for key, path in texts.items()])
     model = load_text_model(folder / "model")
-    found = evaluate(model, test_texts(options.data), WINDOWS)
+    found = evaluate(model, read_test_texts(options.data, config()["data"]["languages"]), WINDOWS)
     tokens = config()["data"]["window"] * config()["data"]["batch_windows"]
     row = {"system": system.name, "seed": seed, "kind": "quality", "steps": steps}
     row |= quality(model, found) | training(folder, model, found, tokens)
@@ -78,11 +69,16 @@ def measure_speed(names: list[str], options: argparse.Namespace, results: Result
     """Times one training step and one forward of all trained models, in turns, with one batch of test texts."""
     seed = options.seeds[0]
     folders = {name: options.runs / name / f"seed{seed}" / "model" for name in names}
-    models = {name: load_text_model(folder) for name, folder in folders.items() if folder.exists()}
+    # Only times of one session can be compared.
+    if missing := [name for name, folder in folders.items() if not folder.exists()]:
+        raise MoleError(
+            f"{options.runs}: holds no model of {', '.join(missing)} to time beside the others; take its rows out of "
+            f"{results.path} to train it anew"
+        )
+    models = {name: load_text_model(folder) for name, folder in folders.items()}
+    data = config()["data"]
     precision = torch.bfloat16 if config()["trainer"]["precision"].startswith("bf16") else torch.float32
-    if not models:
-        raise MoleError(f"{options.runs}: holds no trained models to time; remove results.json to train them anew")
-    batch = batch_of(test_texts(options.data), config()["data"], next(iter(models.values())).vocabulary)
+    batch = batch_of(read_test_texts(options.data, data["languages"]), data, next(iter(models.values())).vocabulary)
     seconds: dict[str, dict[str, float]] = {name: {} for name in models}
     for kind, make in (("forward", inference), ("step", training_step)):
         jobs = {name: make(each.model, batch, precision) for name, each in models.items()}
@@ -117,9 +113,14 @@ def main(words: list[str] | None = None) -> int:
     from pictures import draw
     from tables import write_tables
 
-    results = ResultFile(options.results / "results.json", ("system", "seed", "kind"))
+    def results() -> ResultFile:
+        return ResultFile(options.results / "results.json", ("system", "seed", "kind"))
+
     return run_recipe(
-        options, partial(measure_all, options, results), partial(draw, results), partial(write_tables, results)
+        options,
+        lambda: measure_all(options, results()),
+        lambda folder: draw(results(), folder),
+        lambda readme: write_tables(results(), readme),
     )
 
 

@@ -96,10 +96,11 @@ def _equal_loss(results: ResultFile, systems: list[str]) -> str:
     found: dict[str, Any] = {
         name: np.mean([reached(row["curve"], target) for row in _runs(results, name)], axis=0) for name in systems
     }
-    timed = {name: found[name][STEP] * speed[name] / 1000 for name in systems if name in speed}
+    steps = {name: point[STEP] + 1 for name, point in found.items()}  # they are numbered from 0
+    timed = {name: steps[name] * speed[name] / 1000 for name in systems if name in speed}
     lines = []
     for name, point in found.items():
-        cells = [SYSTEMS[name].title, f"{point[STEP]:.0f}"]
+        cells = [SYSTEMS[name].title, f"{steps[name]:.0f}"]
         for column, unit, label in ((FLOPS, 1e12, "T"), (CPU, 1, "s")):
             reference = found[REFERENCE][column] if REFERENCE in found else None
             cells.append(f"{point[column] / unit:.0f} {label} ({_relative(point[column], reference)})")

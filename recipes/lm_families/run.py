@@ -8,16 +8,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from datetime import date
-from functools import partial
 from statistics import mean
 from typing import Any
 
 from plan import CONDITIONS, HERE, START, SYSTEMS, Condition, System, read
 
-from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, step_words, train
+from mole_asr.score.runs import code_version, need_texts, read_test_texts, recipe_parser, run_recipe, step_words, train
 from mole_asr.text.checkpoint import LanguageModel, load_text_model
 from mole_asr.text.evaluate import Evaluation, evaluate
 from mole_asr.text.report import quality, training
@@ -58,8 +56,7 @@ def measure(
     if system is not None:
         words += [f"--config={HERE / system.file}.yaml", *system.words(condition), f"--model.init_from={start}"]
     train(folder, words)
-    texts = read_texts(options.data / "texts_test.jsonl")
-    chosen = {code: texts[code] for code in condition.languages}
+    chosen = read_test_texts(options.data, condition.languages)
     model = load_text_model(folder / "model")
     found = evaluate(model, chosen, condition.windows)
     data = read("base")["data"]
@@ -113,9 +110,15 @@ def main(words: list[str] | None = None) -> int:
     from pictures import draw
     from tables import write_tables
 
-    results = ResultFile(options.results / "results.json", ("condition", "system", "seed"))
-    measured, drawn = partial(measure_all, options, results), partial(draw, results)
-    return run_recipe(options, measured, drawn, partial(write_tables, results))
+    def results() -> ResultFile:
+        return ResultFile(options.results / "results.json", ("condition", "system", "seed"))
+
+    return run_recipe(
+        options,
+        lambda: measure_all(options, results()),
+        lambda folder: draw(results(), folder),
+        lambda readme: write_tables(results(), readme),
+    )
 
 
 if __name__ == "__main__":
