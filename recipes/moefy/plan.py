@@ -49,7 +49,7 @@ class Model:
 MODELS = {
     model.name: model
     for model in (
-        Model("relu", "text, ReLU", "text", "relu", slices=(8, 16)),
+        Model("relu", "text, ReLU", "text", "relu"),
         Model(
             "swiglu",
             "text, SwiGLU",
