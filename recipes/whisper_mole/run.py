@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from mole_asr.asr.fit import fit
 from mole_asr.bench.whisper import whisper
 from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.text_tokenizer import train_tokenizer
@@ -23,6 +22,7 @@ from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 from mole_asr.score.figures import language_rows
 from mole_asr.score.results import ResultFile
+from mole_asr.score.runs import train
 from mole_asr.score.score import score
 from mole_asr.transcribe.command import TranscribeResult, transcribe
 
@@ -42,13 +42,15 @@ class Training:
     Attributes:
         prefixes: sources (starts of utterance ids) of voices13 that it is trained on; none: all.
         epochs: of the training.
+        lr: of the pretrained parts; low where few voices would make it forget the others.
     """
 
     prefixes: tuple[str, ...]
     epochs: int
+    lr: float
 
 
-TRAININGS = {"voices13": Training((), 2), "prompts5": Training(("prompts-",), 6)}
+TRAININGS = {"voices13": Training((), 2, 7e-5), "prompts5": Training(("prompts-",), 3, 3e-5)}
 
 
 @dataclass(frozen=True)
@@ -116,23 +118,22 @@ def prepare(places: Places, source: str | None) -> None:
         select(places.data / f"cuts_{test.split}.jsonl", places.test(name), test)
 
 
-def train(name: str, places: Places, words: list[str]) -> Path:
-    """Trains a model, or goes on with its training; returns its folder."""
-    folder = places.runs / name
-    if not (folder / "model/model.safetensors").exists():
-        fit(
-            [
-                f"--config={CONFIG}",
-                f"--output={folder}",
-                f"--data.train_manifest={folder / 'train.jsonl'}",
-                f"--data.valid_manifest={folder / 'dev.jsonl'}",
-                f"--data.tokenizer={folder / 'tokenizer'}",
-                f"--model.pretrained.checkpoint={places.whisper}",
-                f"--trainer.max_epochs={TRAININGS[name].epochs}",
-                *words,
-            ]
-        )
-    return folder / "model"
+def train_model(name: str, places: Places, words: list[str]) -> None:
+    """Trains a model, or goes on with its training, or does nothing where it is done."""
+    folder, training = places.runs / name, TRAININGS[name]
+    train(
+        folder,
+        [
+            f"--config={CONFIG}",
+            f"--data.train_manifest={folder / 'train.jsonl'}",
+            f"--data.valid_manifest={folder / 'dev.jsonl'}",
+            f"--data.tokenizer={folder / 'tokenizer'}",
+            f"--model.pretrained.checkpoint={places.whisper}",
+            f"--model.fine_tuning.lr={training.lr}",
+            f"--trainer.max_epochs={training.epochs}",
+        ],
+        words,
+    )
 
 
 def hear(system: str, test: Path, output: Path, places: Places) -> TranscribeResult:
@@ -233,7 +234,7 @@ def main(words: list[str] | None = None) -> int:
                 measure_speed(places, results)
             systems = [f"{name}-{head}" for name in options.models for head in HEADS] + list(options.peers)
             for name in options.models:
-                train(name, places, fit_words)
+                train_model(name, places, fit_words)
             for system in [] if options.speed else systems:
                 for test_set in TESTS:
                     if not results.select(system=system, test_set=test_set):
