@@ -19,7 +19,7 @@ from mole_asr.corpus.manifest import Utterance, write_manifest
 from mole_asr.corpus.normalize import normalize
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.decode.beam import Weights
-from mole_asr.decode.decoder import CtcDecoder
+from mole_asr.decode.decoder import WEIGHTS, CtcDecoder
 from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, save_ngrams
 from mole_asr.doctor import save_tiny_model
 
@@ -178,3 +178,16 @@ def test_the_whole_command(
     assert json.loads((tmp_path / "results.json").read_text()) == rows
     assert "macro WER" not in capsys.readouterr().out
     assert readme.read_text() == written
+
+
+def test_what_is_committed_fits_together(recipe: dict[str, ModuleType], tmp_path: Path) -> None:
+    """The README has the tables of results.json, and `transcribe` takes the weights that were chosen there."""
+    folder = ROOT / "recipes" / "prompts5"
+    readme = Path(shutil.copy(folder / "README.md", tmp_path))
+    assert recipe["run"].main(["--table", "--readme", str(readme)]) == 0
+    assert readme.read_text(encoding="utf-8") == (folder / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((folder / "lm" / "results.json").read_text(encoding="utf-8"))
+    chosen = {row["system"]: row for row in rows if row["split"] == "dev" and row["language"] == "all"}
+    for mode, system in ((None, "ngram"), ("rescore", "rescore"), ("fusion", "fusion")):
+        row = chosen[system]
+        assert WEIGHTS[mode] == Weights(row["ngram"], row["lm"], row["bonus"])

@@ -109,15 +109,20 @@ class Dev:
             self.transcriber.use_language_model(self.places.lm, system.mode)
         lists = Lists(decoder, [each.log_probs_TV for each in self.heard], [each.language for each in self.heard])
 
+        reports: dict[Weights, ScoreReport] = {}
+
         def rates(weights: Weights) -> Rates:
-            report = self._score(lists.best(weights))
+            report = reports[weights] = self._score(lists.best(weights))
             print(f"{name} {weights}: macro WER {report.macro.wer:.2f} %, CER {report.macro.cer:.2f} %", flush=True)
             return report.macro.wer or 0.0, report.macro.cer or 0.0
 
         start = {key: before.get(key, 0.0) for key in ("ngram", "lm", "bonus")} | system.start
-        weights = Weights(**start) if system.mode is None else choose(Weights(**start), rates)[0]
-        report = self._score(lists.best(weights))
-        return [facts(name, "dev") | asdict(weights) | row for row in language_rows(report)]
+        weights = Weights(**start)
+        if system.mode is None:
+            rates(weights)
+        else:
+            weights, _ = choose(weights, rates)
+        return [facts(name, "dev") | asdict(weights) | row for row in language_rows(reports[weights])]
 
     def _score(self, found: list[tuple[int, ...]]) -> ScoreReport:
         spelled = [self.transcriber.tokenizer.decode(list(ids)) for ids in found]
