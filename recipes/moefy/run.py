@@ -79,8 +79,9 @@ def host_of(model: Model, options: argparse.Namespace) -> Host:
 
 def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> None:
     """All cuts of a model that results.json lacks."""
-    plain = [cut for cut in model.cuts if not _has(results, model, *cut, tuned=False)]
-    tuned = [cut for cut in model.cuts if cut[0] in TUNED and not _has(results, model, *cut, tuned=True)]
+    steps = options.training[0] if options.training else TUNING[model.kind]
+    plain = [cut for cut in model.cuts if not _has(results, model, *cut, tuned=0)]
+    tuned = [cut for cut in model.cuts if cut[0] in TUNED and not _has(results, model, *cut, tuned=steps)]
     if not plain and not tuned:
         return
     host, seed = host_of(model, options), options.seeds[0]
@@ -97,13 +98,11 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
     teacher = open_host(folder_of(MODELS[model.of], options))
     for split, slices in tuned:
         cut = Cut(split, slices, active_slices(TUNED_SHARE, slices), "mlp", seed)
-        steps = options.training[0] if options.training else TUNING[model.kind]
         _note(results, [facts | tuned_cut(bench, cut, teacher, training_data(model, host, options), steps)])
 
 
-def _has(results: ResultFile, model: Model, split: str, slices: int, tuned: bool) -> bool:
-    rows = results.select(model=model.name, split=split, slices=slices)
-    return any(bool(row["tuned"]) == tuned for row in rows)
+def _has(results: ResultFile, model: Model, split: str, slices: int, tuned: int) -> bool:
+    return bool(results.select(model=model.name, split=split, slices=slices, tuned=tuned))
 
 
 def _note(results: ResultFile, rows: list[dict[str, Any]]) -> None:

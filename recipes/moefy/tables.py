@@ -76,7 +76,8 @@ def _sweep(results: ResultFile, model: str, slices: int) -> str:
         return ""
     header = [f"{MODELS[model].title}, {slices} slices", "router", *(f"{100 * share:g} %" for share in shares)]
     lines = []
-    for split in [split for split, number in MODELS[model].cuts if number == slices]:
+    cuts = [split for split, number in MODELS[model].cuts if number == slices]
+    for split in [split for split in cuts if results.select(model=model, slices=slices, split=split)]:
         for router in ROUTERS:
             cells = [split, router]
             for share in shares:
