@@ -1,6 +1,7 @@
 """The `transcribe` verb: files, folders and manifests in, text files out."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,6 @@ from mole_asr.transcribe.writers import WRITERS
 
 if TYPE_CHECKING:
     from mole_asr.corpus.manifest import Manifest
-    from mole_asr.decode.decoder import CtcDecoder
     from mole_asr.transcribe.transcriber import Input, Transcriber
 
 
@@ -107,6 +107,9 @@ def transcribe(
     if folder is not None and "txt" in formats:
         _check_references(recordings, [folder / f"{name}.txt" for name in names.values()])
     manifest_jobs = _manifest_jobs(manifests, folder or Path())
+    weights = _weights(ngram_weight, lm_weight, length_bonus)
+    if lm is None and (lm_weight is not None or lm_mode != "rescore"):
+        raise MoleError("--lm-weight, --lm-mode: of which language model? give --lm FOLDER too")
     transcriber = load(model)
     if beam is not None:
         transcriber.decoder.beam = beam
@@ -115,9 +118,7 @@ def transcribe(
         transcriber.choose_head(head)
     if lm is not None:
         transcriber.use_language_model(lm, lm_mode)
-    elif lm_weight is not None:
-        raise MoleError("--lm-weight: of which language model? give --lm FOLDER too")
-    _set_weights(transcriber.decoder, {"ngram": ngram_weight, "lm": lm_weight, "bonus": length_bonus})
+    transcriber.decoder.weights = replace(transcriber.decoder.weights, **weights)
     total = TranscribeResult(failures=failures)
     for transcript in _run(transcriber, recordings, language, batch_seconds, total):
         if folder is not None:
@@ -129,14 +130,14 @@ def transcribe(
     return total
 
 
-def _set_weights(decoder: "CtcDecoder", given: dict[str, float | None]) -> None:
-    """Takes those weights of a search that are given."""
-    chosen = {name: value for name, value in given.items() if value is not None}
-    names = {"ngram": "--ngram-weight", "lm": "--lm-weight"}
-    for name, option in names.items():
-        if chosen.get(name, 0) < 0:
-            raise MoleError(f"{option} {chosen[name]:g}: must not be negative")
-    decoder.weights = replace(decoder.weights, **chosen)
+def _weights(ngram: float | None, lm: float | None, bonus: float | None) -> dict[str, float]:
+    """Those weights of a search that are given."""
+    given = {name: value for name, value in (("ngram", ngram), ("lm", lm), ("bonus", bonus)) if value is not None}
+    for name, value in given.items():
+        if not math.isfinite(value) or (value < 0 and name != "bonus"):
+            option = "--length-bonus" if name == "bonus" else f"--{name}-weight"
+            raise MoleError(f"{option} {value:g}: must be finite" + ("" if name == "bonus" else " and not negative"))
+    return given
 
 
 def _check_references(recordings: Iterable[Path], results: Iterable[Path]) -> None:

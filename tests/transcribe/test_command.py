@@ -146,7 +146,9 @@ def test_importing_the_command_imports_no_torch() -> None:
     [
         ({"lm": "x", "beam": 0}, "--beam above 0"),
         ({"lm_weight": 0.5}, "--lm-weight.*--lm FOLDER"),
-        ({"ngram_weight": -1.0}, "--ngram-weight -1: must not be negative"),
+        ({"lm_mode": "fusion"}, "--lm-mode.*--lm FOLDER"),
+        ({"ngram_weight": -1.0}, "--ngram-weight -1: must be finite and not negative"),
+        ({"length_bonus": float("nan")}, "--length-bonus nan: must be finite"),
         ({"lm": "nowhere"}, r"nowhere.config\.json: no such file"),
     ],
 )
