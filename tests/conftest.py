@@ -4,6 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run, so that a failure elsewhere can be seen here. `--hypothesis-profile default` draws new
+# ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 # Where there is no GPU, Triton's kernels run in its interpreter. Triton asks for this when it is first imported, and
 # Lightning imports it, so it is decided here, before any test is read.
