@@ -83,7 +83,7 @@ def test_lm_adaptive(
     for name, row in quality.items():
         assert set(row["bits"]) == {"de", "en", "es", "fr"} and row["bits_per_byte"] > 0
         assert [point[0] for point in row["curve"]] == [1, 3]
-        assert row["curve"][0][2:] < row["curve"][1][2:] and row["seconds"] > 0
+        assert row["curve"][0][2:] < row["curve"][1][2:] and "seconds" in row
         assert len(row["shares"]) == (4 if "adaptive" in name else 0)
         assert speed[name]["step_ms"] > 0 and speed[name]["forward_ms"] > 0
     settings = [json.loads((tmp_path / f"runs/{n}/seed0/training.json").read_text())["settings"] for n in systems[-2:]]
