@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from mole_asr.asr.losses import losses
 from mole_asr.asr.model import EncoderConfig, MoleModel
 from mole_asr.asr.muon import OptimizerConfig, build_optimizer
 from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel, from_checkpoint
+from mole_asr.asr.resumable_task import ResumableTask
 from mole_asr.audio.augment import SpecAugment
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer
@@ -49,7 +49,7 @@ class LossWeights:
     attention: float = 1.0
 
 
-class MoleTask(LightningModule):
+class MoleTask(ResumableTask):
     """Trains a `MoleModel`, or a `PretrainedModel`.
 
     Args:
@@ -67,6 +67,8 @@ class MoleTask(LightningModule):
             at the end, a new language gets a threshold by the validation data (`generations.temper`).
         seed: of dropout, masks and schedules: step n draws the same numbers in every run, resumed or not.
     """
+
+    ids_name, ids_key = "text tokenizer", "tokenizer_crc"
 
     def __init__(
         self,
@@ -117,6 +119,10 @@ class MoleTask(LightningModule):
         self._counts_N3 = torch.zeros(len(languages), 3)
         self._new_parts_only = False
         self._samples: dict[int, str] = {}
+
+    def ids_fingerprint(self) -> bytes:
+        """That of the text tokenizer."""
+        return self.text_tokenizer.model
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The weighted sum of the losses of a batch."""
@@ -205,16 +211,14 @@ class MoleTask(LightningModule):
     def configure_optimizers(self) -> Any:
         """Muon with AdamW (for a pretrained model AdamW alone), and a schedule a step."""
         config = self.optimizer_config
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise MoleError("trainer.max_epochs: the learning rate needs to know the end; give a number of epochs")
+        steps = self.planned_steps()
         optimizer: torch.optim.Optimizer
         if isinstance(self.model, PretrainedModel):
             blocks = self.model.sizes.encoder_layers
-            optimizer, schedule = fine_tuning_optimizer(self.model, blocks, self.fine_tuning, int(steps))
+            optimizer, schedule = fine_tuning_optimizer(self.model, blocks, self.fine_tuning, steps)
         else:
             optimizer = build_optimizer(self.model, config.lr, config.adamw_lr, config.weight_decay)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.scale(step, int(steps)))
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.scale(step, steps))
         if self._trained:
             guard(self._trained, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -224,41 +228,6 @@ class MoleTask(LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             self.log_dict({f"gradient/{name}": norm for name, norm in gradient_norms(self.model).items()})
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips by the norm, or by value; Lightning refuses to with a fused optimizer, as float16's are scaled."""
-        if gradient_clip_val and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
-        elif gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes what the ids mean, to refuse a resume that would change it."""
-        checkpoint["languages"] = self.model.languages
-        checkpoint["tokenizer_crc"] = zlib.crc32(self.text_tokenizer.model)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the run to resume has the same languages, text tokenizer and sizes.
-
-        Raises:
-            MoleError: it has not.
-        """
-        same = checkpoint["languages"] == self.model.languages
-        if not same or checkpoint["tokenizer_crc"] != zlib.crc32(self.text_tokenizer.model):
-            raise MoleError(
-                "the run to resume has another text tokenizer or other languages than the data now: "
-                "give another --output, or remove its checkpoints folder to train anew"
-            )
-        old, new = ({k: v.shape for k, v in s.items()} for s in (checkpoint["state_dict"], self.state_dict()))
-        if old != new:
-            raise MoleError(
-                "the run to resume has other model sizes: give another --output, or remove its checkpoints folder"
-            )
 
 
 def _edit_distance(reference: str, hypothesis: str) -> int:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from mole_asr.asr.muon import OptimizerConfig, build_optimizer
+from mole_asr.asr.resumable_task import ResumableTask
 from mole_asr.errors import MoleError
 from mole_asr.moe.experts import Activation
 from mole_asr.moe.layer import MoELayer
@@ -39,7 +39,7 @@ class TextLossWeights:
     router_z: float = 0.0
 
 
-class TextTask(LightningModule):
+class TextTask(ResumableTask):
     """Trains a `TextModel`.
 
     Args:
@@ -57,6 +57,8 @@ class TextTask(LightningModule):
         new_activation: with init_from: another activation, such as relu, to adapt to.
         seed: of dropout and masks: step n draws the same numbers in every run, resumed or not.
     """
+
+    ids_name, ids_key = "vocabulary", "vocabulary_crc"
 
     def __init__(
         self,
@@ -103,6 +105,10 @@ class TextTask(LightningModule):
         if old.vocabulary.fingerprint != self.vocabulary.fingerprint:
             raise MoleError(f"data.vocabulary: is not that of {folder}; give the same")
         return upcycle(old.model, experts, languages, activation).train()
+
+    def ids_fingerprint(self) -> bytes:
+        """That of the vocabulary."""
+        return self.vocabulary.fingerprint
 
     def language_model(self) -> LanguageModel:
         """The model and what belongs to it, to save."""
@@ -204,44 +210,7 @@ class TextTask(LightningModule):
     def configure_optimizers(self) -> Any:
         """Muon with AdamW, and a schedule a step."""
         config = self.optimizer_config
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise MoleError("trainer.max_epochs: the learning rate needs to know the end; give a number of epochs")
+        steps = self.planned_steps()
         optimizer = build_optimizer(self.model, config.lr, config.adamw_lr, config.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.scale(step, int(steps)))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.scale(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips by the norm, or by value; Lightning refuses to with a fused optimizer, as float16's are scaled."""
-        if gradient_clip_val and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
-        elif gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes what the ids mean, to refuse a resume that would change it."""
-        checkpoint["languages"] = self.model.languages
-        checkpoint["vocabulary_crc"] = zlib.crc32(self.vocabulary.fingerprint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the run to resume has the same languages, vocabulary and sizes.
-
-        Raises:
-            MoleError: it has not.
-        """
-        same = checkpoint.get("languages") == self.model.languages
-        if not same or checkpoint.get("vocabulary_crc") != zlib.crc32(self.vocabulary.fingerprint):
-            raise MoleError(
-                "the run to resume has another vocabulary or other languages than the data now: "
-                "give another --output, or remove its checkpoints folder to train anew"
-            )
-        old, new = ({k: v.shape for k, v in s.items()} for s in (checkpoint["state_dict"], self.state_dict()))
-        if old != new:
-            raise MoleError(
-                "the run to resume has other model sizes: give another --output, or remove its checkpoints folder"
-            )
