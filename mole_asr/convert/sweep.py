@@ -6,6 +6,7 @@ Letters: N rows, E slices.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,3 +149,12 @@ def tuned_cut(
 def _facts(split: Split, slices: int, router: RouterKind, active: int, tuned: int) -> dict[str, Any]:
     facts = {"split": split, "slices": slices, "router": router, "active": active, "tuned": tuned}
     return facts | {"share": round(active / slices, 4)}
+
+
+def at_hand(kinds: Mapping[str, str], recogniser: Path) -> Iterator[str]:
+    """Names of models that can be measured, of (name -> "text" or "speech"): those of speech need the recogniser."""
+    for name, kind in kinds.items():
+        if kind == "speech" and not (recogniser / "config.json").exists():
+            print(f"{name}: left out, {recogniser} holds no recogniser; `make demo` trains one", flush=True)
+            continue
+        yield name

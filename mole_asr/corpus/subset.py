@@ -41,6 +41,15 @@ def thin(manifest: str | Path, output: str | Path, shares: Mapping[str, float]) 
     return write_manifest((utterance for utterance in utterances if utterance.id in taken), output)
 
 
+def hours_of(manifest: str | Path) -> dict[str, float]:
+    """Hours of each language of a manifest."""
+    table = Manifest(manifest)
+    return {
+        code: float(table.durations_s[table.language_ids == number].sum()) / 3600
+        for number, code in enumerate(table.languages)
+    }
+
+
 def _take(utterances: list[Utterance], share: float) -> list[Utterance]:
     if share == 1:
         return utterances

@@ -13,7 +13,7 @@ from typing import Any
 from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
-from mole_asr.score.results import read_json
+from mole_asr.score.results import ResultFile, read_json
 
 # Keys that say where something lies, at the end of their names: a folder may move.
 _PLACES = ("manifest", "tokenizer", "_texts", "init_from")
@@ -165,14 +165,16 @@ def _positive_number(word: str) -> int:
 
 def run_recipe(
     options: argparse.Namespace,
-    measure: Callable[[], None],
-    draw: Callable[[Path], None],
-    tables: Callable[[Path], str],
+    key: Sequence[str],
+    measure: Callable[[argparse.Namespace, ResultFile], None],
+    draw: Callable[[ResultFile, Path], None],
+    tables: Callable[[ResultFile, Path], str],
 ) -> int:
     """Does what the options of `recipe_parser` say: measures what is missing, draws, and prints the tables.
 
     Args:
         options: of the command line.
+        key: columns of results.json that say what was measured.
         measure: trains and measures what is missing.
         draw: draws the pictures into a folder.
         tables: writes the tables into a README; returns them.
@@ -181,12 +183,13 @@ def run_recipe(
         0, or 1 where something is wrong that the user can put right.
     """
     try:
+        results = ResultFile(options.results / "results.json", key)
         if not (options.table or options.pictures):
-            measure()
+            measure(options, results)
         if options.pictures or not options.table:
-            draw(options.results)
+            draw(results, options.results)
         if options.table or not options.pictures:
-            print(tables(options.results / "README.md"))
+            print(tables(results, options.results / "README.md"))
     except MoleError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,6 @@ command again after an interruption: what is done stays done.
 import argparse
 import sys
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from plan import CONFIG, HERE, MODELS, ROUNDS, WAYS, Model, Way
 from mole_asr.convert.factor import KINDS, train_slices
 from mole_asr.convert.host import open_host
 from mole_asr.convert.slicing import Cut, slice_parts
-from mole_asr.convert.sweep import Bench
+from mole_asr.convert.sweep import Bench, at_hand
 from mole_asr.errors import MoleError
 from mole_asr.score.results import ResultFile
 from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
@@ -90,10 +89,7 @@ def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
     """All models, that of speech only where there is one."""
     if len(options.seeds) > 1:
         raise MoleError("--seeds: give one")
-    for name in options.models:
-        if MODELS[name].kind == "speech" and not (options.speech / "config.json").exists():
-            print(f"{name}: left out, {options.speech} holds no recogniser; `make demo` trains one", flush=True)
-            continue
+    for name in at_hand({name: MODELS[name].kind for name in options.models}, options.speech):
         measure(MODELS[name], options, results)
 
 
@@ -117,10 +113,7 @@ def main(words: list[str] | None = None) -> int:
     from pictures import draw
     from tables import write_tables
 
-    results = ResultFile(options.results / "results.json", KEY)
-    return run_recipe(
-        options, partial(measure_all, options, results), partial(draw, results), partial(write_tables, results)
-    )
+    return run_recipe(options, KEY, measure_all, draw, write_tables)
 
 
 if __name__ == "__main__":

@@ -110,15 +110,7 @@ def main(words: list[str] | None = None) -> int:
     from pictures import draw
     from tables import write_tables
 
-    def results() -> ResultFile:
-        return ResultFile(options.results / "results.json", ("condition", "system", "seed"))
-
-    return run_recipe(
-        options,
-        lambda: measure_all(options, results()),
-        lambda folder: draw(results(), folder),
-        lambda readme: write_tables(results(), readme),
-    )
+    return run_recipe(options, ("condition", "system", "seed"), measure_all, draw, write_tables)
 
 
 if __name__ == "__main__":

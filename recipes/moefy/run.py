@@ -8,7 +8,6 @@ done.
 import argparse
 import sys
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from plan import (
 
 from mole_asr.convert.host import Host, open_host
 from mole_asr.convert.slicing import Cut, active_slices
-from mole_asr.convert.sweep import Bench, sweep_cuts, tuned_cut
+from mole_asr.convert.sweep import Bench, at_hand, sweep_cuts, tuned_cut
 from mole_asr.convert.training import relu_adaptation
 from mole_asr.errors import MoleError
 from mole_asr.score.results import ResultFile
@@ -115,12 +114,8 @@ def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
     """All models, those of speech only where there is one."""
     if len(options.seeds) > 1:
         raise MoleError("--seeds: give one")
-    for name in options.models:
-        model = MODELS[name]
-        if model.kind == "speech" and not (options.speech / "config.json").exists():
-            print(f"{name}: left out, {options.speech} holds no recogniser; `make demo` trains one", flush=True)
-            continue
-        measure(model, options, results)
+    for name in at_hand({name: MODELS[name].kind for name in options.models}, options.speech):
+        measure(MODELS[name], options, results)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -140,10 +135,7 @@ def main(words: list[str] | None = None) -> int:
     from pictures import draw
     from tables import write_tables
 
-    results = ResultFile(options.results / "results.json", KEY)
-    return run_recipe(
-        options, partial(measure_all, options, results), partial(draw, results), partial(write_tables, results)
-    )
+    return run_recipe(options, KEY, measure_all, draw, write_tables)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from results import Results
 from training import gradient_norms
 
 from mole_asr.corpus.manifest import Manifest, write_manifest
-from mole_asr.corpus.subset import thin
+from mole_asr.corpus.subset import hours_of, thin
 from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.errors import MoleError
 from mole_asr.score.results import Row
@@ -118,15 +118,6 @@ def _make_train_manifest(setting: Setting, corpus: Path) -> None:
     write_manifest((table[row] for table in tables for row in range(len(table))), setting.train_manifest)
 
 
-def hours_of(manifest: Manifest) -> dict[str, float]:
-    """Hours of each language, and of all."""
-    hours = {
-        code: float(manifest.durations_s[manifest.language_ids == number].sum()) / 3600
-        for number, code in enumerate(manifest.languages)
-    }
-    return {**hours, "all": sum(hours.values())}
-
-
 def run(setting: Setting, results: Results, source: str | None) -> None:
     """Measures what results.json lacks of one setting; trains for it if the model is not there."""
     system, condition = setting.system, setting.condition
@@ -141,8 +132,9 @@ def run(setting: Setting, results: Results, source: str | None) -> None:
     if not ready:
         return
     print(f"\n== {condition.name}, {system.name}, seed {setting.seed}: {', '.join(t.name for t in ready)}", flush=True)
-    hours = hours_of(Manifest(setting.train_manifest))
-    languages = [code for code in hours if code != "all"]
+    hours = hours_of(setting.train_manifest)
+    languages = list(hours)
+    hours["all"] = sum(hours.values())
     words = setting.fit_arguments(languages)
     parts = {code: [code] for code in languages} if system.monolingual else {"": languages}
     seconds = sum(

@@ -16,6 +16,7 @@ import numpy as np
 
 from mole_asr.bench.whisper import whisper
 from mole_asr.corpus.manifest import Manifest, write_manifest
+from mole_asr.corpus.subset import hours_of
 from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.data_prep import voices13
 from mole_asr.errors import MoleError
@@ -175,19 +176,13 @@ def measure(system: str, test_set: str, places: Places, results: ResultFile) -> 
         write_text(hypothesis, "\n".join(lines) + "\n")
     report = score(test, hypothesis, fold_accents=FOLD_ACCENTS)
     facts = {"system": system, "test_set": test_set, "date": date.today().isoformat()}
-    hours = {} if system in PEERS else hours_of(places.runs / system.partition("-")[0] / "train.jsonl")
+    trained_on = places.runs / system.partition("-")[0] / "train.jsonl"
+    hours = {} if system in PEERS else {code: round(each, 3) for code, each in hours_of(trained_on).items()}
     # Who was told the language has identified none.
     untold: dict[str, Any] = dict.fromkeys(IDENTIFICATION) if system.endswith("-given") else {}
     rows = [facts | row | untold | {"train_hours": hours.get(row["language"])} for row in language_rows(report)]
     results.add(rows)
     print(f"{system} on {test_set}: macro WER {report.macro.wer:.1f} %", flush=True)
-
-
-def hours_of(manifest: Path) -> dict[str, float]:
-    """Hours of each language, before any is repeated."""
-    table = Manifest(manifest)
-    seconds_N = np.bincount(table.language_ids, weights=table.durations_s)
-    return {code: round(float(seconds) / 3600, 3) for code, seconds in zip(table.languages, seconds_N, strict=True)}
 
 
 def measure_speed(places: Places, results: ResultFile, repeat: int = 3) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
-from mole_asr.corpus.subset import thin
+from mole_asr.corpus.subset import hours_of, thin
 from mole_asr.errors import MoleError
 
 
@@ -28,6 +28,7 @@ def hours(path: Path) -> dict[str, float]:
 
 def test_shares_of_hours_the_same_every_time(manifest: Path, tmp_path: Path) -> None:
     whole = hours(manifest)
+    assert hours_of(manifest) == {code: seconds / 3600 for code, seconds in whole.items()}
     count = thin(manifest, tmp_path / "part.jsonl", {"fr": 0.5, "ru": 0.1})
     part = hours(tmp_path / "part.jsonl")
     assert part["en"] == whole["en"]
