@@ -8,12 +8,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 from mole_asr.score.results import ResultFile, read_json
+
+if TYPE_CHECKING:
+    from mole_asr.transcribe.command import TranscribeResult
 
 # Keys that say where something lies, at the end of their names: a folder may move.
 _PLACES = ("manifest", "tokenizer", "_texts", "init_from")
@@ -128,6 +134,26 @@ def step_words(steps: int, trainer: Mapping[str, Any]) -> list[str]:
     """
     often = {key: min(steps, trainer[key]) for key in ("val_check_interval", "log_every_n_steps")}
     return [f"--trainer.{key}={value}" for key, value in {"max_steps": steps, **often}.items()]
+
+
+def transcribe_told(manifest: Path, output: Path, **options: Any) -> "TranscribeResult":
+    """Transcribes a manifest `x.jsonl` into `output/x.jsonl`, each utterance with its language given.
+
+    Args:
+        manifest: to transcribe, one language after another.
+        output: folder; what each language gave lies in folders of it.
+        options: for `transcribe`.
+    """
+    from mole_asr.transcribe.command import TranscribeResult, transcribe
+
+    table, result, lines = Manifest(manifest), TranscribeResult(), []
+    for number, code in enumerate(table.languages):
+        part = output / code / manifest.name
+        write_manifest((table[int(row)] for row in np.flatnonzero(table.language_ids == number)), part)
+        result.add(transcribe([str(part)], output=str(output / code / "heard"), language=code, **options))
+        lines.append((output / code / "heard" / manifest.name).read_text("utf-8"))
+    write_text(output / manifest.name, "".join(lines))
+    return result
 
 
 def recipe_parser(description: str, here: Path, data: str) -> argparse.ArgumentParser:

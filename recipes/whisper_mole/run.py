@@ -23,7 +23,7 @@ from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 from mole_asr.score.figures import language_rows
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import train
+from mole_asr.score.runs import train, transcribe_told
 from mole_asr.score.score import score
 from mole_asr.transcribe.command import TranscribeResult, transcribe
 
@@ -148,17 +148,9 @@ def hear(system: str, test: Path, output: Path, places: Places) -> TranscribeRes
     head: Any = chosen
     options: dict[str, Any] = {"model": str(places.runs / name / "model"), "head": head, "beam": 0}
     options["precision"] = "bf16-mixed"
-    if not given:
-        return transcribe([str(test)], output=str(output), **options)
-    # Told the language: one language after another.
-    table, result, lines = Manifest(test), TranscribeResult(), []
-    for number, code in enumerate(table.languages):
-        part = output / code / test.name
-        write_manifest((table[int(row)] for row in np.flatnonzero(table.language_ids == number)), part)
-        result.add(transcribe([str(part)], output=str(output / code / "heard"), language=code, **options))
-        lines.append((output / code / "heard" / test.name).read_text("utf-8"))
-    write_text(output / test.name, "".join(lines))
-    return result
+    if given:
+        return transcribe_told(test, output, **options)
+    return transcribe([str(test)], output=str(output), **options)
 
 
 def measure(system: str, test_set: str, places: Places, results: ResultFile) -> None:
