@@ -18,6 +18,22 @@ IGNORED = -100  # no loss there: the prompt and the padding
 # Whisper writes about 3 tokens a second in Latin script, 8 in others; 20 ms a frame.
 FRAMES_PER_TOKEN = 4
 SPARE_TOKENS = 10
+# Nobody says the same three times over with so many tokens in all; a decoder that has lost its place writes it for ever.
+LOOP_COPIES, LOOP_TOKENS = 3, 8
+
+
+def cut_loop(ids: list[int]) -> bool:
+    """Whether a text ends in a loop: the same tokens at least three times, eight tokens in all; leaves one copy.
+
+    Args:
+        ids: tokens; those of the other copies are removed.
+    """
+    for period in range(1, len(ids) // LOOP_COPIES + 1):
+        copies = max(LOOP_COPIES, -(-LOOP_TOKENS // period))
+        if copies * period <= len(ids) and ids[-period:] * copies == ids[-copies * period :]:
+            del ids[-(copies - 1) * period :]
+            return True
+    return False
 
 
 class AttentionHead(nn.Module):
@@ -93,8 +109,8 @@ class AttentionHead(nn.Module):
     def greedy(self, memory_BTD: Tensor, lengths_B: Tensor, languages_B: Tensor) -> list[str]:
         """The text of each utterance: the likeliest token again and again, all utterances at once.
 
-        An utterance that has ended leaves the batch. An utterance ends at the latest after as many tokens as nobody
-        speaks in its time; that stops repetitions without end.
+        An utterance that has ended leaves the batch. It ends, too, where it repeats itself (`cut_loop`), and at the
+        latest after as many tokens as nobody speaks in its time.
 
         Args:
             memory_BTD: what the encoder gives.
@@ -132,7 +148,8 @@ class AttentionHead(nn.Module):
             for place, (row, token) in enumerate(zip(rows, next_ids, strict=True)):
                 if token != self.tokenizer.end_id and len(texts[row]) < limits[row]:
                     texts[row].append(token)
-                    going.append(place)
+                    if not cut_loop(texts[row]):
+                        going.append(place)
             if not going:
                 return
             if len(going) < len(rows):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mole_asr.bench.whisper import whisper
-from mole_asr.corpus.manifest import Manifest, write_manifest
+from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
 from mole_asr.corpus.subset import hours_of
 from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.data_prep import voices13
@@ -37,47 +37,64 @@ FOLD_ACCENTS = ("es",)  # the Spanish prompts are written without them
 
 
 @dataclass(frozen=True)
+class Part:
+    """Utterances of voices13 that are transcribed together.
+
+    Attributes:
+        split: of the corpus.
+        sources: starts of their ids; none: all.
+        every: so manyth utterance is enough: a Whisper takes more than a second a clip.
+    """
+
+    split: str
+    sources: tuple[str, ...] = ()
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """What is scored together.
+
+    Attributes:
+        parts: that it consists of.
+        min_seconds: shorter utterances are left out.
+    """
+
+    parts: tuple[str, ...]
+    min_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Training:
     """A model of this recipe.
 
     Attributes:
-        prefixes: sources (starts of utterance ids) of voices13 that it is trained on; none: all.
+        sources: starts of the ids of voices13 that it is trained on; none: all.
         epochs: of the training.
         lr: of the pretrained parts; low where few voices would make it forget the others.
+        tests: in languages that it knows.
     """
 
-    prefixes: tuple[str, ...]
+    sources: tuple[str, ...]
     epochs: int
     lr: float
+    tests: tuple[str, ...]
 
 
-TRAININGS = {"voices13": Training((), 2, 7e-5), "prompts5": Training(("prompts-",), 3, 3e-5)}
-
-
-@dataclass(frozen=True)
-class Part:
-    """Utterances of voices13.
-
-    Attributes:
-        split: of the corpus.
-        prefixes: sources; none: all.
-        every: so manyth utterance is enough.
-        min_seconds: shorter ones of these are left out.
-    """
-
-    split: str
-    prefixes: tuple[str, ...] = ()
-    every: int = 1
-    min_seconds: float = 0.0
-
-
-# What is transcribed, and the test sets in it: a Whisper takes more than a second a clip.
-HEARD = {"voices13": Part("test"), "unseen": Part("unseen", every=3)}
-TESTS = {
-    "voices13": HEARD["voices13"],
+PARTS = {
     "prompts5": Part("test", ("prompts-",)),
-    "unseen": HEARD["unseen"],
-    "unseen over 2 s": Part("unseen", every=3, min_seconds=2.0),
+    "others": Part("test", ("queen-", "drascula-", "fillets-", "festvox-ru-", "tuxpaint-")),
+    "unseen": Part("unseen", every=3),
+}
+TESTS = {
+    "voices13": TestSet(("prompts5", "others")),
+    "prompts5": TestSet(("prompts5",)),
+    "unseen": TestSet(("unseen",)),
+    "unseen over 2 s": TestSet(("unseen",), min_seconds=2.0),
+}
+TRAININGS = {
+    "voices13": Training((), 3, 7e-5, tuple(TESTS)),
+    "prompts5": Training(("prompts-",), 3, 3e-5, ("prompts5", "unseen", "unseen over 2 s")),
 }
 
 
@@ -90,17 +107,21 @@ class Places:
     whisper: str
 
     def test(self, name: str) -> Path:
-        """The manifest of a test set."""
+        """The manifest of a part or a test set."""
         return self.runs / "tests" / f"{name.replace(' ', '_')}.jsonl"
 
 
-def select(manifest: Path, output: Path, test: Part) -> Path:
+def utterances_of(manifest: Path) -> list[Utterance]:
+    """All of a manifest."""
+    table = Manifest(manifest)
+    return [table[row] for row in range(len(table))]
+
+
+def select(manifest: Path, output: Path, part: Part) -> Path:
     """Writes some of a manifest's utterances; keeps what is there."""
     if not output.exists():
-        table = Manifest(manifest)
-        utterances = (table[row] for row in range(len(table)))
-        chosen = [u for u in utterances if u.id.startswith(test.prefixes or "")][:: test.every]
-        write_manifest((u for u in chosen if u.duration_s >= test.min_seconds), output)
+        chosen = [each for each in utterances_of(manifest) if each.id.startswith(part.sources or "")]
+        write_manifest(chosen[:: part.every], output)
     return output
 
 
@@ -110,13 +131,17 @@ def prepare(places: Places, source: str | None) -> None:
         voices13.prepare(str(places.data), source=source)
     for name, training in TRAININGS.items():
         for split in ("train", "dev"):
-            part = Part(split, training.prefixes)
+            part = Part(split, training.sources)
             select(places.data / f"cuts_{split}.jsonl", places.runs / name / f"{split}.jsonl", part)
         tokenizer = places.runs / name / "tokenizer"
         if not tokenizer.exists():
             train_tokenizer(places.runs / name / "train.jsonl", tokenizer, model_type="char", byte_fallback=False)
+    for name, part in PARTS.items():
+        select(places.data / f"cuts_{part.split}.jsonl", places.test(name), part)
     for name, test in TESTS.items():
-        select(places.data / f"cuts_{test.split}.jsonl", places.test(name), test)
+        if not places.test(name).exists():
+            chosen = [each for part in test.parts for each in utterances_of(places.test(part))]
+            write_manifest((each for each in chosen if each.duration_s >= test.min_seconds), places.test(name))
 
 
 def train_model(name: str, places: Places, words: list[str]) -> None:
@@ -156,16 +181,14 @@ def hear(system: str, test: Path, output: Path, places: Places) -> TranscribeRes
 def measure(system: str, test_set: str, places: Places, results: ResultFile) -> None:
     """Transcribes and scores what results.json lacks."""
     test, output = places.test(test_set), places.runs / "heard" / system
-    heard = next(name for name, part in HEARD.items() if part.split == TESTS[test_set].split)
-    hypothesis = output / places.test(heard).name
-    if not hypothesis.exists():
-        hear(system, places.test(heard), output, places)
-    if test_set not in HEARD:
-        table = Manifest(test)
-        ids = {table[row].id for row in range(len(table))}
-        lines = [line for line in hypothesis.read_text("utf-8").split("\n") if line and json.loads(line)["id"] in ids]
-        hypothesis = output / test.name
-        write_text(hypothesis, "\n".join(lines) + "\n")
+    lines: dict[str, str] = {}
+    for part in map(places.test, TESTS[test_set].parts):
+        if not (output / part.name).exists():
+            hear(system, part, output, places)
+        texts = (output / part.name).read_text("utf-8").split("\n")
+        lines |= {json.loads(line)["id"]: line for line in texts if line}
+    hypothesis = output / "scored" / test.name
+    write_text(hypothesis, "".join(f"{lines[each.id]}\n" for each in utterances_of(test) if each.id in lines))
     report = score(test, hypothesis, fold_accents=FOLD_ACCENTS)
     facts = {"system": system, "test_set": test_set, "date": date.today().isoformat()}
     trained_on = places.runs / system.partition("-")[0] / "train.jsonl"
@@ -219,11 +242,12 @@ def main(words: list[str] | None = None) -> int:
             prepare(places, options.source)
             if options.speed:
                 measure_speed(places, results)
-            systems = [f"{name}-{head}" for name in options.models for head in HEADS] + list(options.peers)
             for name in options.models:
                 train_model(name, places, fit_words)
-            for system in [] if options.speed else systems:
-                for test_set in TESTS:
+            tests = {f"{name}-{head}": TRAININGS[name].tests for name in options.models for head in HEADS}
+            tests |= dict.fromkeys(options.peers, tuple(TESTS))
+            for system, test_sets in ({} if options.speed else tests).items():
+                for test_set in test_sets:
                     if not results.select(system=system, test_set=test_set):
                         measure(system, test_set, places, results)
         from tables import write_all

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional
 
+from mole_asr.asr.attention_head import cut_loop
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.fine_tuning import FineTuning, choose_trained, fine_tuning_optimizer
 from mole_asr.asr.losses import losses
@@ -190,7 +191,31 @@ def test_greedy_search_equals_recomputing_everything(model: PretrainedModel, bat
                 if token == head.tokenizer.end_id:
                     break
                 ids.append(token)
+                body = ids[prompt:]
+                if cut_loop(body):
+                    ids[prompt:] = body
+                    break
             assert texts[row] == head.tokenizer.decode(ids[prompt:]).strip()
+
+
+@pytest.mark.parametrize(
+    ("ids", "left"),
+    [
+        ("abcabcabc", "abc"),  # three copies, nine tokens
+        ("xyabcabcabc", "xyabc"),
+        ("ababab", None),  # six tokens: somebody may say that
+        ("abababab", "ab"),
+        ("aaaaaaa", None),
+        ("aaaaaaaa", "a"),
+        ("abcabcab", None),
+        ("abcabcabcx", None),  # it has ended
+        ("", None),
+    ],
+)
+def test_a_loop_ends_the_text(ids: str, left: str | None) -> None:
+    numbers = [ord(letter) for letter in ids]
+    assert cut_loop(numbers) == (left is not None)
+    assert "".join(map(chr, numbers)) == (ids if left is None else left)
 
 
 def test_stages_and_frozen_parts(model: PretrainedModel, batch: Batch) -> None:
