@@ -134,7 +134,11 @@ class Host(ABC):
 
     @abstractmethod
     def predict(self, batch: Any) -> Prediction:
-        """Runs the model."""
+        """Runs the model, and compares what it says with what is right."""
+
+    @abstractmethod
+    def forward(self, batch: Any) -> Any:
+        """Runs the model alone."""
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
@@ -170,17 +174,57 @@ class Host(ABC):
         return Quality(right / counted, self.figures(sums))
 
     @torch.no_grad()
-    def record(self, batches: Sequence[Any]) -> dict[str, Tensor]:
-        """The valid rows [N, D] that each dense part gets, on the CPU."""
+    def record(self, batches: Sequence[Any], limit: int | None = None) -> dict[str, Tensor]:
+        """The valid rows [N, D] that each dense part gets, on the CPU.
+
+        Args:
+            batches: that the model reads.
+            limit: how many rows a part, drawn from those of all batches; None for all.
+        """
         parts = self.parts()
-        heard: dict[str, list[Tensor]] = {name: [] for name in parts}
+        heard = {name: DrawnRows(limit) for name in parts}
         with _listening(parts) as inputs:
             for batch in batches:
                 found = self.predict(batch)
                 for name, x in inputs.items():
                     rows_ND, mask = x.detach().flatten(0, -2), found.valid_of(name)
-                    heard[name].append((rows_ND if mask is None else rows_ND[mask]).cpu())
-        return {name: torch.cat(rows) for name, rows in heard.items()}
+                    heard[name].add((rows_ND if mask is None else rows_ND[mask]).cpu())
+        return {name: rows.taken() for name, rows in heard.items()}
+
+
+class DrawnRows:
+    """So many rows of all that come, each as likely as the others, in the order in which they came.
+
+    Args:
+        limit: how many; None keeps all.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self._generator = torch.Generator().manual_seed(0)  # the same one for all parts of a model: the same rows
+        self._rows: list[Tensor] = []
+        self._lots_N = torch.empty(0)
+
+    def add(self, rows_ND: Tensor) -> None:
+        """Takes these rows, and drops those with the highest lots where there are too many."""
+        self._rows.append(rows_ND)
+        if self.limit is None:
+            return
+        self._lots_N = torch.cat([self._lots_N, torch.rand(len(rows_ND), generator=self._generator)])
+        if len(self._lots_N) > self.limit:
+            kept_N = self._lots_N.topk(self.limit, largest=False).indices.sort().values
+            self._rows, self._lots_N = [torch.cat(self._rows)[kept_N.to(rows_ND.device)]], self._lots_N[kept_N]
+
+    def taken(self) -> Tensor:
+        """The rows."""
+        return torch.cat(self._rows)
+
+
+def draw_rows(x_ND: Tensor, limit: int) -> Tensor:
+    """So many of these rows, drawn; all where there are no more."""
+    drawn = DrawnRows(limit)
+    drawn.add(x_ND)
+    return drawn.taken()
 
 
 @contextmanager
@@ -199,14 +243,15 @@ def _listening(parts: dict[str, DensePart]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
+@torch.no_grad()
 def hidden_activations(part: DensePart, x_ND: Tensor) -> Tensor:
     """The activations [N, H] of a part's neurons."""
     weights = part.weights
     z = nn.functional.linear(x_ND.to(weights.w1_FD.dtype), weights.w1_FD, weights.b1_F)
-    return activate(z, part.activation).detach()
+    return activate(z, part.activation)
 
 
-def open_host(folder: str | Path, device: str | torch.device = "cpu") -> Host:
+def open_host(folder: str | Path) -> Host:
     """The host of a model folder, whatever it holds.
 
     Raises:
@@ -224,13 +269,13 @@ def open_host(folder: str | Path, device: str | torch.device = "cpu") -> Host:
     if "format" in config and "network" in config:
         from mole_asr.convert.text_host import TextHost
 
-        return TextHost(folder, device)
+        return TextHost(folder)
     if "format" in config:
         from mole_asr.convert.speech_host import SpeechHost
 
-        return SpeechHost(folder, device)
+        return SpeechHost(folder)
     if "model_type" in config:
         from mole_asr.convert.huggingface_host import HuggingFaceHost
 
-        return HuggingFaceHost(folder, device)
+        return HuggingFaceHost(folder)
     raise MoleError(f"{path}: neither a model of ours nor a Hugging Face checkpoint; give the folder of one")

@@ -13,10 +13,12 @@ Letters: B windows, T tokens, N valid tokens, V vocabulary.
 """
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,11 +34,14 @@ from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
 from mole_asr.moe.convert.sliced import SliceConfig, SlicedFeedForward, SlicedLayer, describe
 from mole_asr.moe.experts import GATED, Activation, ExpertWeights
+from mole_asr.score.results import read_json
 
 CONFIG, SLICES, WEIGHTS = "config.json", "sliced.json", "sliced.safetensors"
 _WINDOW, _BATCH = 128, 16
 _MASK_SHARE = 0.15
 _WEIGHT_FILES = (".safetensors", ".bin", ".h5", ".msgpack", ".index.json", ".onnx", ".pt")
+_OURS_AND_THEIRS = ("sliced.*", "model*.safetensors*", "pytorch_model*.bin*", "tf_model*.h5*", "flax_model*.msgpack*")
+"""Files with weights, or that say which files they are in, under names that we or transformers read."""
 _STYLES = (
     (("gate_proj", "up_proj"), "down_proj", "act_fn"),
     (("wi_0", "wi_1"), "wo", "act"),
@@ -64,7 +69,6 @@ class HuggingFaceHost(Host):
 
     Args:
         folder: config.json, weights, and for data the tokenizer.
-        device: where to run.
 
     Raises:
         MoleError: transformers is missing, or the folder holds no model that we can slice.
@@ -73,21 +77,22 @@ class HuggingFaceHost(Host):
     kind = "Hugging Face model"
     model: Any
 
-    def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.values = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
         self._removed: dict[str, nn.Module] = {}
         self.slots: dict[str, Slot] = {}
-        model = _skeleton(self.folder, self.values) if (self.folder / SLICES).exists() else _read(folder, self.values)
-        self.model = model.to(device).eval()
+        sliced = (self.folder / SLICES).exists()
+        self.model = (_skeleton if sliced else _read)(self.folder, self.values).eval()
         self.slots = find_slots(self.model)
-        if (self.folder / SLICES).exists():
+        if sliced:
             self._load_slices()
 
     def _load_slices(self) -> None:
         path = self.folder / WEIGHTS
+        described = read_json(self.folder / SLICES, {})
         try:
-            for name, values in json.loads((self.folder / SLICES).read_text(encoding="utf-8"))["sliced"].items():
+            for name, values in described["sliced"].items():
                 self.put(name, SlicedLayer(SliceConfig(**values)))
             for dense in self._removed.values():
                 dense.to("meta")  # only what they were like is of use
@@ -187,6 +192,8 @@ class HuggingFaceHost(Host):
         tokenizer = self._tokenizer()
         limit = int(getattr(self.model.config, "max_position_embeddings", None) or _WINDOW)
         window, ids = min(_WINDOW, limit), list[int]()
+        if rows < window:
+            raise MoleError(f"--rows {rows}: fewer than a window of {window} tokens")
         for place in np.random.default_rng(seed).permutation(len(texts)):
             ids += tokenizer(texts[place] + "\n", add_special_tokens=False)["input_ids"]
             if len(ids) >= rows:
@@ -211,29 +218,38 @@ class HuggingFaceHost(Host):
             ) from None
 
     def predict(self, batch: Tensor) -> Prediction:
-        """Next tokens by a decoder, hidden ones by an encoder, the second half of a window by an encoder-decoder."""
+        """Next tokens by a decoder, hidden ones by an encoder, the second half of a window by an encoder-decoder.
+
+        Raises:
+            MoleError: the model has a head that names no tokens.
+        """
+        outputs, targets_BT = self._answer(batch)
+        if targets_BT is None:
+            return Prediction(outputs.flatten(0, 1), None)
+        if outputs.dim() != 3:  # as of ELECTRA, whose pretraining head says which tokens are not the old ones
+            name = type(self.model).__name__
+            raise MoleError(f"{name}: its head names no tokens; give the model without a head, or with one that does")
+        return _compared(outputs, targets_BT)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Runs the model alone."""
+        return self._answer(batch)[0]
+
+    def _answer(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the tokens that were to be named [B, T]; or the last stream of a model without a head."""
         ids_BT = batch.to(next(self.model.parameters()).device)
         name, half = type(self.model).__name__, ids_BT.shape[1] // 2
         if name.endswith("ForConditionalGeneration"):
             targets_BT = ids_BT[:, half:].contiguous()
-            logits = self.model(input_ids=ids_BT[:, :half], labels=targets_BT).logits
-        elif name.endswith(("ForCausalLM", "LMHeadModel")):
-            logits, targets_BT = self.model(input_ids=ids_BT, use_cache=False).logits[:, :-1], ids_BT[:, 1:]
-        elif name.endswith(("ForMaskedLM", "ForPreTraining")):
+            return self.model(input_ids=ids_BT[:, :half], labels=targets_BT).logits, targets_BT
+        if name.endswith(("ForCausalLM", "LMHeadModel")):
+            return self.model(input_ids=ids_BT, use_cache=False).logits[:, :-1], ids_BT[:, 1:]
+        if name.endswith(("ForMaskedLM", "ForPreTraining")):
             hidden_BT = _hidden(ids_BT)
             output = self.model(input_ids=ids_BT.masked_fill(hidden_BT, self._mask()))
             logits = output.logits if hasattr(output, "logits") else output.prediction_logits
-            targets_BT = ids_BT.masked_fill(~hidden_BT, -100)
-        else:
-            return Prediction(self.model(input_ids=ids_BT)[0].flatten(0, 1), None)
-        loss = functional.cross_entropy(logits.float().flatten(0, 1), targets_BT.flatten())
-
-        def count() -> Counts:
-            wanted_BT = targets_BT != -100
-            right, wanted = (logits.argmax(-1) == targets_BT)[wanted_BT].sum(), float(wanted_BT.sum())
-            return Counts(float(right), wanted, {"nats": float(loss.detach()) * wanted, "tokens": wanted})
-
-        return Prediction(logits.flatten(0, 1), loss, count=count)
+            return logits, ids_BT.masked_fill(~hidden_BT, -100)
+        return self.model(input_ids=ids_BT)[0], None
 
     def _mask(self) -> int:
         mask = self._tokenizer().mask_token_id
@@ -246,21 +262,34 @@ class HuggingFaceHost(Host):
         return {"loss": sums["nats"] / sums["tokens"]}
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that transformers reads (dense), or `open_host` (sliced)."""
+        """Writes a folder that transformers reads (dense), or `open_host` (sliced).
+
+        Weights that the folder holds already go, or one of both would read them in the place of the new ones.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             if path.is_file() and path.name not in (CONFIG, SLICES) and not path.name.endswith(_WEIGHT_FILES):
-                shutil.copyfile(path, folder / path.name)
-        sliced = describe(self.model)
-        if sliced:
-            write_text(folder / SLICES, json.dumps(sliced, indent=2) + "\n")
-            with atomic_path(folder / WEIGHTS) as temporary:
-                save_model(self.model, str(temporary))
-        else:
-            self.model.save_pretrained(folder)
+                with atomic_path(folder / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
+        with TemporaryDirectory(dir=folder, prefix=".") as written:
+            self._write_weights(Path(written))
+            for pattern in _OURS_AND_THEIRS:
+                for path in folder.glob(pattern):
+                    path.unlink()
+            for path in Path(written).iterdir():
+                os.replace(path, folder / path.name)
         # As it was, but for the activation: transformers would write it anew, in the words of its own version.
         write_text(folder / CONFIG, json.dumps(self.values, indent=2) + "\n")
+
+    def _write_weights(self, folder: Path) -> None:
+        sliced = describe(self.model)
+        if sliced:
+            save_model(self.model, str(folder / WEIGHTS))
+            write_text(folder / SLICES, json.dumps(sliced, indent=2) + "\n")
+        else:
+            self.model.save_pretrained(folder)
+            (folder / CONFIG).unlink()
 
 
 def _hidden(ids_BT: Tensor) -> Tensor:
@@ -269,6 +298,18 @@ def _hidden(ids_BT: Tensor) -> Tensor:
     hidden_BT = torch.rand(ids_BT.shape, generator=generator) < _MASK_SHARE
     hidden_BT[:, 0] = True  # at least one
     return hidden_BT.to(ids_BT.device)
+
+
+def _compared(logits_BTV: Tensor, targets_BT: Tensor) -> Prediction:
+    """A prediction of the tokens that are not -100."""
+    loss = functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
+
+    def count() -> Counts:
+        wanted_BT = targets_BT != -100
+        right, wanted = (logits_BTV.argmax(-1) == targets_BT)[wanted_BT].sum(), float(wanted_BT.sum())
+        return Counts(float(right), wanted, {"nats": float(loss.detach()) * wanted, "tokens": wanted})
+
+    return Prediction(logits_BTV.flatten(0, 1), loss, count=count)
 
 
 def _model_class(values: Mapping[str, Any], folder: Path) -> Any:
@@ -285,19 +326,23 @@ def _model_class(values: Mapping[str, Any], folder: Path) -> Any:
     return found
 
 
-def _read(folder: str | Path, values: Mapping[str, Any]) -> nn.Module:
-    found = _model_class(values, Path(folder))
-    try:
-        return found.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises whatever its many models raise
-        reason = str(error).strip().partition("\n")[0]
-        raise MoleError(f"{folder}: transformers cannot read it ({reason[:160]}); copy the folder anew") from None
+def _read(folder: Path, values: Mapping[str, Any]) -> nn.Module:
+    found = _model_class(values, folder)
+    return _made(folder, lambda: found.from_pretrained(str(folder), local_files_only=True))
 
 
 def _skeleton(folder: Path, values: Mapping[str, Any]) -> nn.Module:
     """The model as its config says, with weights that mean nothing."""
     found = _model_class(values, folder)
-    return found(found.config_class.from_pretrained(str(folder)))
+    return _made(folder, lambda: found(found.config_class.from_pretrained(str(folder), local_files_only=True)))
+
+
+def _made(folder: Path, make: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return make()
+    except Exception as error:  # transformers raises whatever its many models raise
+        reason = str(error).strip().partition("\n")[0]
+        raise MoleError(f"{folder}: transformers cannot read it ({reason[:160]}); copy the folder anew") from None
 
 
 def find_slots(model: nn.Module) -> dict[str, Slot]:
@@ -324,7 +369,7 @@ def find_slots(model: nn.Module) -> dict[str, Slot]:
 
 
 def _slot(name: str, module: Any, first: tuple[str, ...], last: str, act: str) -> Slot:
-    function = getattr(module, act)
+    function = getattr(module, act, None)
     activation = _activation_of(function, gated=len(first) > 1)
     if activation is None:
         raise MoleError(f"{name}: slices know no activation like {function}; ReLU, SiLU, GELU and gated ones they do")
@@ -332,7 +377,9 @@ def _slot(name: str, module: Any, first: tuple[str, ...], last: str, act: str) -
 
 
 def _activation_of(function: Any, gated: bool) -> Activation | None:
-    """Which of our activations a function is, by what it computes: it has many names."""
+    """Which of our activations a function is, by what it computes: it has many names; None for none."""
+    if function is None:
+        return None
     x = torch.linspace(-4, 4, 65, dtype=torch.float64)
     y = function(x)
     known: dict[Activation, Tensor] = {"relu": x.relu(), "silu": functional.silu(x), "gelu": functional.gelu(x)}

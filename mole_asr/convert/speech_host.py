@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from mole_asr.asr.checkpoint import Recogniser, load_model, save_model
 from mole_asr.asr.conformer import FeedForward
 from mole_asr.asr.losses import ctc_loss
-from mole_asr.asr.model import MoleModel
+from mole_asr.asr.model import ModelOutput, MoleModel
 from mole_asr.asr.whisper import WhisperFeedForward
 from mole_asr.convert.host import Counts, DensePart, Host, Prediction
 from mole_asr.corpus.batch import Batch
@@ -35,7 +34,6 @@ class SpeechHost(Host):
 
     Args:
         folder: that `mole-asr fit` or `mole-asr convert` wrote.
-        device: where to run.
 
     Raises:
         MoleError: the folder cannot be read.
@@ -44,9 +42,9 @@ class SpeechHost(Host):
     kind = "recogniser"
     model: Recogniser
 
-    def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.model, self.tokenizer = load_model(folder, device)
+        self.model, self.tokenizer = load_model(folder)
 
     def parts(self) -> dict[str, DensePart]:
         """The dense feed-forward parts of the encoder's blocks."""
@@ -90,13 +88,14 @@ class SpeechHost(Host):
                 module[2] = nn.ReLU() if activations[_part(module).activation] == "relu" else module[2]
 
     def read(self, path: str, rows: int, seed: int) -> list[Batch]:
-        """Utterances drawn at random, in batches of similar length.
+        """Utterances drawn at random, in batches of similar length, the batches in random order.
 
         Raises:
             MoleError: the manifest or a recording cannot be read.
         """
         table = Manifest(path)
-        order = np.random.default_rng(seed).permutation(len(table))
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(len(table))
         frames = np.cumsum(table.durations_s[order] / self.model.frame_shift_s)
         chosen = order[: int(np.searchsorted(frames, rows)) + 1]
         if not len(chosen):
@@ -111,12 +110,12 @@ class SpeechHost(Host):
         for batch in batches:
             if batch.skipped:
                 raise MoleError(f"{path}: {batch.skipped[0]}")
-        return batches
+        return [batches[place] for place in rng.permutation(len(batches))]  # or the first would be the short ones
 
     def predict(self, batch: Batch) -> Prediction:
         """Recognises; the model hears the language by itself."""
         batch = batch.to(next(self.model.parameters()).device)
-        output = self.model(batch.audio_BS, batch.audio_lengths_B)
+        output = self.forward(batch)
         loss = ctc_loss(output.log_probs_BTV, output.lengths_B, batch)
 
         def count() -> Counts:
@@ -129,6 +128,11 @@ class SpeechHost(Host):
             return Counts(characters - errors, characters, sums)
 
         return Prediction(output.log_probs_BTV[output.frames.valid_BT], loss, {"": output.frames.valid_BT}, count)
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        """Runs the model alone."""
+        batch = batch.to(next(self.model.parameters()).device)
+        return self.model(batch.audio_BS, batch.audio_lengths_B)
 
     def figures(self, sums: dict[str, float]) -> dict[str, float]:
         """Character error rate in percent, and the CTC loss a label."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mole_asr.convert.host import Counts, DensePart, Host, Prediction
 from mole_asr.corpus.texts import read_texts
@@ -17,7 +18,8 @@ from mole_asr.moe.convert.sliced import SlicedLayer
 from mole_asr.moe.experts import Activation
 from mole_asr.text.checkpoint import load_text_model, save_text_model
 from mole_asr.text.figures import nats
-from mole_asr.text.model import DenseFeedForward, TextModel
+from mole_asr.text.model import DenseFeedForward, TextModel, TextOutput
+from mole_asr.text.vocabulary import Vocabulary
 from mole_asr.text.windows import IGNORED, TextBatch, pack_windows
 
 _BATCH = 16
@@ -29,7 +31,6 @@ class TextHost(Host):
 
     Args:
         folder: that `mole-asr fit` or `mole-asr convert` wrote.
-        device: where to run.
 
     Raises:
         MoleError: the folder cannot be read.
@@ -38,8 +39,8 @@ class TextHost(Host):
     kind = "language model"
     model: TextModel
 
-    def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
-        self.language_model = load_text_model(folder, device)
+    def __init__(self, folder: str | Path) -> None:
+        self.language_model = load_text_model(folder)
         self.model = self.language_model.model
 
     def parts(self) -> dict[str, DensePart]:
@@ -92,8 +93,8 @@ class TextHost(Host):
         if not texts:
             raise MoleError(f"{path}: no text in a language of the model ({', '.join(languages[:8])}, ...)")
         rng = np.random.default_rng(seed)
-        drawn = {code: _draw(found, rows // len(texts) + 1, rng) for code, found in texts.items()}
         loaded = self.language_model
+        drawn = {code: _draw(found, rows // len(texts) + 1, loaded.vocabulary, rng) for code, found in texts.items()}
         windows = pack_windows(drawn, languages, loaded.vocabulary, loaded.window, fill=False)
         batches, left = [], rows
         for chosen in np.split(rng.permutation(len(windows)), range(_BATCH, len(windows), _BATCH)):
@@ -105,13 +106,7 @@ class TextHost(Host):
     def predict(self, batch: TextBatch) -> Prediction:
         """Reads windows; of an encoder the same tokens of a batch are hidden each time."""
         batch = batch.to(self.model.embedding.weight.device)
-        inputs_BT, targets_BT = batch.tokens_BS[:, :-1], batch.targets()
-        if not self.model.config.causal:
-            drawn_BT = torch.rand(targets_BT.shape, generator=torch.Generator().manual_seed(int(batch.rows_B[0])))
-            hidden_BT = (drawn_BT < _MASK_SHARE).to(targets_BT.device)
-            inputs_BT = batch.tokens_BS[:, 1:].masked_fill(hidden_BT, self.language_model.vocabulary.mask)
-            targets_BT = targets_BT.where(hidden_BT, IGNORED)
-        output = self.model(inputs_BT, batch.lengths_B if batch.padded else None)
+        targets_BT, output = self._asked(batch)[1], self.forward(batch)
         valid_BT = torch.arange(targets_BT.shape[1], device=targets_BT.device) < batch.lengths_B[:, None]
         cost_BT, wanted_BT = nats(output.logits_BTV, targets_BT), targets_BT != IGNORED
 
@@ -128,6 +123,21 @@ class TextHost(Host):
             count=count,
         )
 
+    def forward(self, batch: TextBatch) -> TextOutput:
+        """Runs the model alone."""
+        batch = batch.to(self.model.embedding.weight.device)
+        return self.model(self._asked(batch)[0], batch.lengths_B if batch.padded else None)
+
+    def _asked(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
+        """What the model reads, and what it is to say of it, both [B, T]."""
+        inputs_BT, targets_BT = batch.tokens_BS[:, :-1], batch.targets()
+        if self.model.config.causal:
+            return inputs_BT, targets_BT
+        drawn_BT = torch.rand(targets_BT.shape, generator=torch.Generator().manual_seed(int(batch.rows_B[0])))
+        hidden_BT = (drawn_BT < _MASK_SHARE).to(targets_BT.device)
+        inputs_BT = batch.tokens_BS[:, 1:].masked_fill(hidden_BT, self.language_model.vocabulary.mask)
+        return inputs_BT, targets_BT.where(hidden_BT, IGNORED)
+
     def figures(self, sums: dict[str, float]) -> dict[str, float]:
         """Bits a byte over all tokens that were predicted."""
         return {"bits_per_byte": sums["nats"] / sums["bytes"] / math.log(2)}
@@ -137,12 +147,12 @@ class TextHost(Host):
         save_text_model(self.language_model, folder)
 
 
-def _draw(texts: list[str], size: int, rng: np.random.Generator) -> list[str]:
-    """Some of the texts, at least one: about so many bytes."""
+def _draw(texts: list[str], size: int, vocabulary: Vocabulary, rng: np.random.Generator) -> list[str]:
+    """Some of the texts, at least one: about so many tokens, separators included."""
     chosen, left = [], size
     for row in rng.permutation(len(texts)):
         chosen.append(texts[row])
-        left -= len(texts[row].encode("utf-8")) + 1
+        left -= len(vocabulary.encode(texts[row])) + 1
         if left <= 0:
             break
     return chosen

@@ -36,11 +36,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_folder(tmp_path: Path) -> Callable[..., Path]:
     """Makes the folder of a small language model."""
 
-    def make(name: str = "text", **changes: Any) -> Path:
+    def make(name: str = "text", vocabulary: str | Path = "bytes", **changes: Any) -> Path:
         torch.manual_seed(0)
+        known = load_vocabulary(vocabulary)
         network = NetworkConfig(**{"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, **changes})
-        model = TextModel(network, ExpertsConfig(), ["de", "en"], 258).eval()
-        save_text_model(LanguageModel(model, load_vocabulary("bytes"), 32, ["en"]), tmp_path / name)
+        model = TextModel(network, ExpertsConfig(), ["de", "en"], known.size).eval()
+        save_text_model(LanguageModel(model, known, 32, ["en"]), tmp_path / name)
         return tmp_path / name
 
     return make
@@ -75,6 +76,16 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text tokenizer whose pieces are mostly whole words."""
+    folder = tmp_path_factory.mktemp("pieces")
+    spoken = Utterance("0", folder / "none.wav", 0.0, 1.0, 16000, " ".join(WORDS), "en", num_samples=16000)
+    write_manifest([spoken], folder / "cuts.jsonl")
+    train_tokenizer(folder / "cuts.jsonl", folder / "tokenizer", 40, byte_fallback=False, model_type="bpe")
+    return folder / "tokenizer"
+
+
 def huggingface_model(style: str) -> Any:
     """A tiny model of transformers with random weights, biases too."""
     transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install mole-asr[dev]")
@@ -89,6 +100,10 @@ def huggingface_model(style: str) -> Any:
         "llama-bias": lambda: transformers.LlamaForCausalLM(
             transformers.LlamaConfig(**sizes, num_key_value_heads=2, mlp_bias=True)
         ),
+        "bitnet": lambda: transformers.BitNetForCausalLM(
+            transformers.BitNetConfig(**sizes, num_key_value_heads=2, hidden_act="silu")
+        ),
+        "electra": lambda: transformers.ElectraForPreTraining(transformers.ElectraConfig(**sizes, embedding_size=16)),
         "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**sizes)),
         "bert-base": lambda: transformers.BertModel(transformers.BertConfig(**sizes)),
         "t5": lambda: transformers.T5ForConditionalGeneration(
@@ -106,11 +121,11 @@ def huggingface_model(style: str) -> Any:
 
 
 @pytest.fixture
-def huggingface_folder(tmp_path: Path) -> Callable[[str], Path]:
+def huggingface_folder(tmp_path: Path) -> Callable[..., Path]:
     """Makes the folder of a tiny Hugging Face model, with a tokenizer of words."""
 
-    def make(style: str) -> Path:
-        model = huggingface_model(style)
+    def make(style: str, dtype: torch.dtype = torch.float32) -> Path:
+        model = huggingface_model(style).to(dtype)
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
