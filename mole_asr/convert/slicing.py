@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mole_asr.convert.host import DensePart, hidden_activations
+from mole_asr.convert.host import DensePart, draw_rows, hidden_activations
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.fitting import fit_mlp_router
 from mole_asr.moe.convert.sliced import RouterKind, SlicedFeedForward, SlicedLayer
@@ -21,6 +21,9 @@ from mole_asr.moe.routers import MLPRouter
 
 IDENTITY = 1e-9
 """How far all slices together may be from the dense part, in float64, over its largest output."""
+FIDELITY, NARROW_FIDELITY = 1e-3, 2e-2
+"""How far two products and an activation may be from what the model runs, in its own type, over its largest output;
+the second for types narrower than float32."""
 _CHECKED_ROWS = 256
 
 Rows = Mapping[str, Tensor]
@@ -73,13 +76,16 @@ def slice_parts(parts: Mapping[str, DensePart], cut: Cut, rows: Rows | None = No
         rows: of each part, where the cut needs some.
 
     Raises:
-        MoleError: a part cannot be cut so, or its slices together are not the part.
+        MoleError: a part cannot be cut so, computes more than slices do, or its slices together are not the part.
     """
     if not parts:
         raise MoleError("the model has no dense feed-forward part that could be cut; give one that was not converted")
     layers = {}
     for name, part in parts.items():
         x_ND = None if rows is None else rows[name]
+        narrow = torch.finfo(part.weights.w1_FD.dtype).bits < 32
+        if not model_error(part, x_ND) < (NARROW_FIDELITY if narrow else FIDELITY):
+            raise MoleError(f"{name}: computes more than two products and an activation; it cannot be sliced")
         activations = hidden_activations(part, x_ND) if cut.split == "coactivation" and x_ND is not None else None
         try:
             groups_EF = make_groups(cut.split, part.weights, cut.slices, activations, cut.seed)
@@ -117,15 +123,35 @@ def identity_error(part: DensePart, layer: SlicedLayer, x_ND: Tensor | None = No
         layer: its slices.
         x_ND: rows to compare on; None, or fewer than one, for drawn ones.
     """
-    if x_ND is None or not len(x_ND):
-        x_ND = torch.randn(_CHECKED_ROWS, layer.config.d_model, generator=torch.Generator().manual_seed(0))
-    x_ND = x_ND[:_CHECKED_ROWS].to(layer.groups_EF.device).double()
+    x_ND = _checked_rows(part, x_ND).double()
     wide = copy.deepcopy(layer).double()
     weights = ExpertWeights._make(None if tensor is None else tensor.double() for tensor in part.weights)
     expected_ND = feed_forward(x_ND, weights, part.activation)
     lengths = torch.tensor([len(x_ND)], device=x_ND.device)
     found_ND = wide(x_ND[None], lengths, plan=wide.all_slices(len(x_ND)))[0][0]
     return float((found_ND - expected_ND).abs().amax() / expected_ND.abs().amax().clamp(min=1e-30))
+
+
+@torch.no_grad()
+def model_error(part: DensePart, x_ND: Tensor | None = None) -> float:
+    """Largest difference between a part as the model runs it and its weights alone, over the largest output.
+
+    A module may have the names of a known style and compute more: a norm in between, say, or multipliers.
+
+    Args:
+        part: the dense part.
+        x_ND: rows to compare on; None, or fewer than one, for drawn ones.
+    """
+    x_ND = _checked_rows(part, x_ND)
+    expected_ND, found_ND = part.run(x_ND).double(), feed_forward(x_ND, part.weights, part.activation).double()
+    return float((found_ND - expected_ND).abs().amax() / expected_ND.abs().amax().clamp(min=1e-30))
+
+
+def _checked_rows(part: DensePart, x_ND: Tensor | None) -> Tensor:
+    w1_FD = part.weights.w1_FD
+    if x_ND is None or not len(x_ND):
+        x_ND = torch.randn(_CHECKED_ROWS, w1_FD.shape[1], generator=torch.Generator().manual_seed(0))
+    return draw_rows(x_ND, _CHECKED_ROWS).to(w1_FD)
 
 
 @torch.no_grad()

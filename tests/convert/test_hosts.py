@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mole_asr.convert.dense import dense
-from mole_asr.convert.host import Host, open_host
+from mole_asr.convert.host import DrawnRows, Host, draw_rows, open_host
 from mole_asr.convert.slicing import Cut, slice_parts
 from mole_asr.errors import MoleError
 from mole_asr.moe.experts import feed_forward
@@ -172,8 +172,11 @@ def test_quality_is_that_of_a_plain_loop(kind: str, folder_of: Any, data_of: Any
         assert quality.figures["loss"] == pytest.approx(nats / counted, rel=1e-5)
 
 
-def test_data_are_drawn_anew_by_the_seed_and_alike_by_the_same(texts: Path, text_folder: Callable[..., Path]) -> None:
-    host = open_host(text_folder())
+@pytest.mark.parametrize("vocabulary", ["bytes", "pieces"])
+def test_data_are_drawn_anew_by_the_seed_and_alike_by_the_same(
+    vocabulary: str, texts: Path, pieces: Path, text_folder: Callable[..., Path]
+) -> None:
+    host = open_host(text_folder(vocabulary=pieces if vocabulary == "pieces" else vocabulary))
     first, again, other = (host.read(str(texts), 200, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(a.tokens_BS, b.tokens_BS) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0].tokens_BS, other[0].tokens_BS)
@@ -185,6 +188,104 @@ def test_an_encoder_of_texts_hides_the_same_tokens_each_time(texts: Path, text_f
     batches = host.read(str(texts), 200, seed=0)
     assert host.quality(batches) == host.quality(batches)
     assert 0 < host.predict(batches[0]).count().counted < 0.4 * int(batches[0].lengths_B.sum())
+
+
+def test_batches_of_speech_do_not_begin_with_the_short_ones(speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mole_asr.convert.speech_host._BATCH", 1)
+    host = open_host(speech / "model")
+    sizes = [
+        [int(batch.audio_lengths_B[0]) for batch in host.read(str(speech / "cuts.jsonl"), 10**6, seed)]
+        for seed in (0, 0, 1)
+    ]
+    assert sizes[0] == sizes[1] != sizes[2] and sorted(sizes[0]) == sorted(sizes[2])
+    assert all(each != sorted(each) for each in sizes)
+
+
+def test_rows_are_drawn_from_all_that_come() -> None:
+    drawn, rows_ND = [DrawnRows(100), DrawnRows(100)], torch.arange(1000.0)[:, None]
+    for each in drawn:
+        for batch_ND in rows_ND.split(70):
+            each.add(batch_ND)
+    found = drawn[0].taken()[:, 0].tolist()
+    assert torch.equal(drawn[0].taken(), drawn[1].taken())  # of all parts the same
+    assert len(set(found)) == 100 and found == sorted(found)
+    assert all(10 < sum(low <= place < low + 250 for place in found) < 40 for low in range(0, 1000, 250))
+    assert torch.equal(draw_rows(rows_ND[:90], 100), rows_ND[:90])
+
+
+def test_so_many_rows_of_each_part_are_recorded(texts: Path, text_folder: Callable[..., Path]) -> None:
+    host = open_host(text_folder())
+    batches = host.read(str(texts), 300, seed=0)
+    every = host.record(batches)
+    for name, x_ND in host.record(batches, 50).items():
+        assert len(x_ND) == 50 and all((every[name] == row_D).all(-1).any() for row_D in x_ND)
+
+
+def test_what_a_part_computes_besides_is_noticed(huggingface_folder: Callable[..., Path]) -> None:
+    host = open_host(huggingface_folder("bitnet"))  # a norm between the products
+    with pytest.raises(MoleError, match=r"layers\.0\.mlp: computes more than two products and an activation"):
+        slice_all(host, Cut("contiguous", 4, 2, "centroid"))
+    slice_all(open_host(huggingface_folder("llama", torch.bfloat16)), Cut("contiguous", 4, 2, "centroid"))
+
+
+def test_old_weights_in_the_output_folder_go(huggingface_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = huggingface_folder("llama")
+    host, out = open_host(folder), tmp_path / "out"
+    host.save(out)
+    (out / "model-00001-of-00002.safetensors").touch()
+    (out / "notes.safetensors").touch()
+    slice_all(host, Cut("contiguous", 4, 2, "centroid"))
+    host.save(out)  # sliced over dense
+    assert not [*out.glob("model*")] and (out / "notes.safetensors").exists()  # which nobody reads as weights
+    assert open_host(out).layers()
+    with pytest.raises(OSError):
+        type(host.model).from_pretrained(out)
+    host.save(tmp_path / "sliced")
+    dense(str(tmp_path / "sliced"), str(out))  # dense over sliced
+    assert not [*out.glob("sliced.*")] and open_host(out).parts()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_a_save_that_fails_leaves_what_was_there(
+    huggingface_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = open_host(huggingface_folder("llama"))
+    host.save(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(folder: Path, **_: Any) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(host.model, "save_pretrained", full)
+    with pytest.raises(OSError, match="no space left"):
+        host.save(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_head_that_names_no_tokens_is_refused(huggingface_folder: Callable[..., Path], texts: Path) -> None:
+    host = open_host(huggingface_folder("electra"))
+    batches = host.read(str(texts), 100, seed=0)
+    with pytest.raises(MoleError, match="ElectraForPreTraining: its head names no tokens"):
+        host.quality(batches)
+
+
+def test_too_few_rows_are_not_blamed_on_the_file(huggingface_folder: Callable[..., Path], texts: Path) -> None:
+    with pytest.raises(MoleError, match="--rows 30: fewer than a window of 48 tokens"):
+        open_host(huggingface_folder("llama")).read(str(texts), 30, seed=0)
+
+
+def test_a_part_without_a_known_activation_is_named() -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama4.modeling_llama4 import Llama4TextMLP
+
+    from mole_asr.convert.huggingface_host import find_slots
+
+    config = transformers.Llama4TextConfig(hidden_size=8, intermediate_size=16)
+    with pytest.raises(MoleError, match="0: slices know no activation like None"):
+        find_slots(torch.nn.Sequential(Llama4TextMLP(config)))
 
 
 def test_folders_that_cannot_be_converted_are_named(tmp_path: Path, huggingface_folder: Callable[[str], Path]) -> None:
@@ -215,10 +316,17 @@ def test_damaged_slices_are_named(tmp_path: Path, huggingface_folder: Callable[[
     (tmp_path / "sliced/sliced.json").write_text(json.dumps(described))
     with pytest.raises(MoleError, match=r"does not fit sliced\.json"):
         open_host(tmp_path / "sliced")
+    (tmp_path / "sliced/sliced.json").write_text("{")
+    with pytest.raises(MoleError, match=r"sliced\.json: not JSON"):
+        open_host(tmp_path / "sliced")
     (tmp_path / "sliced/sliced.safetensors").unlink()
     described["sliced"]["model.layers.0.mlp"]["slices"] = 4
     (tmp_path / "sliced/sliced.json").write_text(json.dumps(described))
     with pytest.raises(MoleError, match=r"sliced\.safetensors: cannot be read"):
+        open_host(tmp_path / "sliced")
+    values = json.loads((tmp_path / "sliced/config.json").read_text())
+    (tmp_path / "sliced/config.json").write_text(json.dumps(values | {"hidden_size": "wide"}))
+    with pytest.raises(MoleError, match=r"sliced: transformers cannot read it"):
         open_host(tmp_path / "sliced")
 
 
