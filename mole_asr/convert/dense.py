@@ -9,8 +9,9 @@ from mole_asr.errors import MoleError
 def dense(model: str, output: str) -> str:
     """Makes the slices of a converted model into dense feed-forward parts again: what all of them compute together.
 
-    Of a model that `convert moefy` cut, that is the model it was made of (adapted to ReLU, if it was), weight for
-    weight. A Hugging Face model comes out as a folder that transformers reads.
+    Of a model that `convert moefy` cut, that is the model it was made of, weight for weight; adapted to ReLU or tuned,
+    if it was. A recogniser that was adapted to ReLU stays sliced: ours have no ReLU there. A Hugging Face model comes
+    out as a folder that transformers reads.
 
     Args:
         model: folder of a model that `mole-asr convert` wrote.

@@ -13,7 +13,7 @@ from mole_asr.convert.host import DensePart, Host, open_host
 from mole_asr.convert.report import lines_of
 from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
-from mole_asr.convert.training import train
+from mole_asr.convert.training import check_steps, train
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.sliced import RouterKind, SlicedLayer
 from mole_asr.moe.convert.splits import Split
@@ -32,19 +32,21 @@ KINDS: dict[Learning, RouterKind] = {
 }
 ROUTE_WEIGHT, BALANCE_WEIGHT = 0.05, 0.01
 _SHOWN_ROWS = 4096
+_CUT_ROWS = 20_000  # a part, by which the split coactivation cuts
 
 
 class EndToEndRouter(PseudoLabelRouter):
     """The same choice and the same gates, through which the loss of the task reaches the router.
 
     The gate of a chosen slice is E / k times p / stop-gradient(p): its value does not depend on p, its gradient does.
+    In logarithms, as p may be too small for a number.
     """
 
     def forward(self, x_ND: Tensor | None, context: RoutingContext | None = None) -> RoutingPlan:
         """Make the plan of these rows."""
         plan = super().forward(x_ND, context)
-        chosen_NK = plan.aux["probabilities"].gather(-1, plan.expert_ids.long())
-        return replace(plan, gates=plan.gates * chosen_NK / chosen_NK.detach())
+        log_p_NK = plan.aux["logits"].log_softmax(-1).gather(-1, plan.expert_ids.long())
+        return replace(plan, gates=plan.gates * (log_p_NK - log_p_NK.detach()).exp())
 
 
 def factor(
@@ -70,7 +72,8 @@ def factor(
 
     Args:
         model: folder of a language model or recogniser of ours, or of a Hugging Face model like Llama, BERT or T5.
-        output: folder of the new model, which is used as the old one was.
+        output: folder of the new model, which is used as the old one was; that of a Hugging Face model is opened by
+            `mole_asr.convert.host.open_host(output).model`.
         data: what to train on: texts as `mole-asr prepare texts` writes them; for a recogniser, a manifest.
         slices: into which each feed-forward part is cut.
         share: of the slices that compute a token, 0 to 1.
@@ -93,6 +96,7 @@ def factor(
     """
     if Path(output).resolve() == Path(model).resolve():
         raise MoleError(f"output {output}: is the old model; give another folder")
+    check_steps("--steps", steps)
     cut = Cut(split, slices, active_slices(share, slices), KINDS[router], seed)
     host = open_host(model)
     parts = host.parts()
@@ -101,13 +105,13 @@ def factor(
     batches = host.read(data, rows, seed)
     tests = [] if test is None else host.read(test, rows, seed)
     before = host.quality(tests) if tests else None
-    heard = host.record(tests or batches)
+    heard = host.record(tests or batches, _SHOWN_ROWS)
     torch.manual_seed(seed)  # routers start at random
-    layers = slice_parts(parts, cut, host.record(batches) if cut.needs_rows else heard)
+    layers = slice_parts(parts, cut, host.record(batches, _CUT_ROWS) if cut.needs_rows else heard)
     for name, layer in layers.items():
         host.put(name, layer)
     train_slices(host, parts, batches, router, steps, lr, router_lr, seed)
-    errors = {name: output_error(part, layers[name], heard[name][:_SHOWN_ROWS]) for name, part in parts.items()}
+    errors = {name: output_error(part, layers[name], heard[name]) for name, part in parts.items()}
     speed = measure_speed(parts, layers, heard)
     after = host.quality(tests) if tests else None
     host.save(output)
@@ -180,6 +184,8 @@ def route_loss(layer: SlicedLayer, part: DensePart, x_ND: Tensor, plan: RoutingP
     """How far a router is from the Prior-Approximate labels: which slices come closest to the dense part's output."""
     with torch.no_grad():
         dense_ND = feed_forward(x_ND, part.weights._replace(b2_D=None), part.activation)
+        # In float32, so that the differences from it are: in bfloat16 many slices would be equally far.
+        dense_ND = dense_ND.to(torch.promote_types(dense_ND.dtype, torch.float32))
         labels_NE = prior_approximate_labels(x_ND, layer.experts, layer.config.active, dense_ND)
     return pseudo_label_loss(plan, labels_NE)
 

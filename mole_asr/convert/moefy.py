@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Literal
 
-from mole_asr.convert.host import open_host
+from torch import Tensor
+
+from mole_asr.convert.host import draw_rows, open_host
 from mole_asr.convert.report import lines_of
 from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
-from mole_asr.convert.training import imitate, relu_adaptation
+from mole_asr.convert.training import check_steps, imitate, relu_adaptation
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.splits import Split
 
@@ -38,7 +40,8 @@ def moefy(
 
     Args:
         model: folder of a language model or recogniser of ours, or of a Hugging Face model like Llama, BERT or T5.
-        output: folder of the new model, which is used as the old one was.
+        output: folder of the new model, which is used as the old one was; that of a Hugging Face model is opened by
+            `mole_asr.convert.host.open_host(output).model`.
         slices: into which each feed-forward part is cut.
         share: of the slices that compute a token, 0 to 1.
         split: which neurons make a slice: contiguous, random, clusters, coactivation.
@@ -63,6 +66,8 @@ def moefy(
     if Path(output).resolve() == Path(model).resolve():
         raise MoleError(f"output {output}: is the old model; give another folder")
     cut = Cut(split, slices, active_slices(share, slices), router, seed)
+    check_steps("--relu-steps", relu_steps)
+    check_steps("--tune-steps", tune_steps)
     if data is None and (cut.needs_rows or relu_steps or tune_steps):
         raise MoleError("--data: is missing; the router mlp, the split coactivation and trainings learn from data")
     host = open_host(model)
@@ -76,13 +81,17 @@ def moefy(
     parts = host.parts()
     heard = host.record(batches) if batches else None
     layers = slice_parts(parts, cut, heard)
-    shown = host.record(tests) if tests else heard
-    errors = {} if shown is None else {n: output_error(parts[n], layers[n], shown[n][:_SHOWN_ROWS]) for n in parts}
-    speed = measure_speed(parts, layers, shown)
+    shown = host.record(tests, _SHOWN_ROWS) if tests else _drawn(heard)
     for name, layer in layers.items():
         host.put(name, layer)
     if tune_steps:
         imitate(host, open_host(model), batches, tune_steps, lr, seed)
+    errors = {} if shown is None else {name: output_error(parts[name], layers[name], shown[name]) for name in parts}
+    speed = measure_speed(parts, layers, shown)
     after = host.quality(tests) if tests else None
     host.save(output)
     return "\n".join([*lines_of(layers, errors, speed, before, after), f"{output}: written"])
+
+
+def _drawn(heard: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    return None if heard is None else {name: draw_rows(x_ND, _SHOWN_ROWS) for name, x_ND in heard.items()}

@@ -29,6 +29,16 @@ _WARM_UP = 0.1
 _CLIP = 1.0
 
 
+def check_steps(option: str, steps: int) -> None:
+    """Refuses fewer than no steps.
+
+    Raises:
+        MoleError: naming the option.
+    """
+    if steps < 0:
+        raise MoleError(f"{option} {steps}: must be at least 0")
+
+
 def distillation_loss(student: Prediction, teacher: Prediction) -> Tensor:
     """Mean KL(teacher || student) over valid tokens or frames; without a head, the mean squared difference."""
     mine, theirs = student.outputs_NV.float(), teacher.outputs_NV.detach().float()
@@ -99,6 +109,9 @@ def train(
 ) -> list[float]:
     """AdamW with linear warm-up and cosine decay, gradients clipped at 1; parameters in no group stay as they are.
 
+    Parameters in a narrow type, such as bfloat16, are trained by copies in float32: most steps are smaller than the
+    distance to their next value, and would be lost.
+
     Args:
         model: whose gradients are cleared at the end.
         groups: parameters and their learning rates.
@@ -115,7 +128,8 @@ def train(
     """
     if not batches:
         raise MoleError("nothing to train on: the data hold too little")
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    pairs, wide_groups = _widened(groups)
+    optimizer = torch.optim.AdamW(wide_groups, betas=(0.9, 0.95), weight_decay=0.0)
     warm = max(1, round(_WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / max(steps, 1)))
@@ -126,14 +140,33 @@ def train(
         loss = loss_of(batch)
         if not torch.isfinite(loss):
             raise MoleError(f"the loss of step {len(losses)} is no number; give a lower learning rate")
-        optimizer.zero_grad()
+        model.zero_grad(set_to_none=True)
         loss.backward()
+        for parameter, wide in pairs:
+            wide.grad = None if parameter.grad is None else parameter.grad.to(wide.dtype)
         nn.utils.clip_grad_norm_(trained, _CLIP)
         optimizer.step()
+        with torch.no_grad():
+            for parameter, wide in pairs:
+                parameter.copy_(wide)
         schedule.step()
         losses.append(float(loss.detach()))
     model.zero_grad(set_to_none=True)
     return losses
+
+
+def _widened(groups: Iterable[dict[str, Any]]) -> tuple[list[tuple[nn.Parameter, nn.Parameter]], list[dict[str, Any]]]:
+    """Pairs (narrow parameter, its copy in float32), and the groups with the copies in the place of the narrow ones."""
+    pairs, wide_groups = [], []
+    for group in groups:
+        parameters = []
+        for parameter in group["params"]:
+            if torch.finfo(parameter.dtype).bits < 32:
+                pairs.append((parameter, nn.Parameter(parameter.detach().float())))
+                parameter = pairs[-1][1]
+            parameters.append(parameter)
+        wide_groups.append(group | {"params": parameters})
+    return pairs, wide_groups
 
 
 def _endless(batches: Sequence[Any], seed: int) -> Iterator[Any]:

@@ -104,6 +104,9 @@ def test_a_hugging_face_model_goes_in_and_out(
         (["moefy", "MODEL", "OUT", "--router", "oracle", "--share", "1.5"], "--share 1.5: must be above 0"),
         (["moefy", "MODEL", "OUT", "--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["moefy", "nowhere", "OUT", "--router", "oracle"], "nowhere/config.json: no such file"),
+        (["moefy", "MODEL", "OUT", "--data", "TEXTS", "--relu-steps", "-1"], "--relu-steps -1: must be at least 0"),
+        (["moefy", "MODEL", "OUT", "--data", "TEXTS", "--tune-steps", "-2"], "--tune-steps -2: must be at least 0"),
+        (["factor", "MODEL", "OUT", "--data", "TEXTS", "--steps", "-3"], "--steps -3: must be at least 0"),
         (["factor", "MODEL", "OUT", "--data", "TEXTS", "--lr", "1e30", "--steps", "9"], "give a lower learning rate"),
         (["dense", "MODEL", "OUT"], "has no slices; it is dense already"),
     ],
@@ -190,6 +193,33 @@ def test_training_stops_where_it_cannot_go_on(text_folder: Callable[..., Path]) 
         train(host.model, [{"params": host.model.parameters(), "lr": 1.0}], [], lambda batch: torch.zeros(()), 3)
 
 
+def test_steps_that_a_narrow_type_cannot_hold_add_up() -> None:
+    model = torch.nn.Linear(2, 1).to(torch.bfloat16)
+    torch.nn.init.ones_(model.weight)
+    wide = torch.nn.Linear(2, 1)
+    torch.nn.init.ones_(wide.weight)
+    for each in (model, wide):  # the next value below one is 1 - 1/256
+        train(each, [{"params": [each.weight], "lr": 1e-3}], [0], lambda _, each=each: each.weight.sum(), 20)
+    assert model.weight.dtype == torch.bfloat16 and (model.weight < 1).all()
+    torch.testing.assert_close(model.weight.float(), wide.weight, atol=2**-9, rtol=0)
+
+
+def test_a_model_in_bfloat16_learns(huggingface_folder: Callable[..., Path], texts: Path, tmp_path: Path) -> None:
+    folder = huggingface_folder("llama", torch.bfloat16)
+    host, parts = sliced_host(folder, Cut("random", 4, 2, "linear"))
+    before = {name: tensor.clone() for name, tensor in host.model.state_dict().items()}
+    train_slices(host, parts, host.read(str(texts), 100, 0), "prior", steps=20, lr=2e-4)
+    share = [
+        float((tensor != before[name]).float().mean())
+        for name, tensor in host.model.state_dict().items()
+        if ".experts." in name
+    ]
+    assert min(share) > 0.4  # single steps of 2e-4 change 15 % of the weights
+    host.save(tmp_path / "out")
+    again = open_host(tmp_path / "out")
+    assert {layer.experts.w1_EFD.dtype for layer in again.layers().values()} == {torch.bfloat16}
+
+
 def test_every_batch_is_seen_before_one_is_seen_again(text_folder: Callable[..., Path]) -> None:
     host, seen = open_host(text_folder()), []
 
@@ -252,6 +282,28 @@ def test_the_end_to_end_router_computes_the_same_and_has_a_gradient() -> None:
     p_NK = plain(x_ND).aux["probabilities"].gather(-1, plain(x_ND).expert_ids.long())
     expected = torch.autograd.grad((2 * p_NK.log() * values_NK).sum(), plain.scores.weight)[0]
     torch.testing.assert_close(through.scores.weight.grad, expected)
+
+
+def test_a_chosen_slice_may_be_as_good_as_impossible() -> None:
+    router = EndToEndRouter(1, 3, 2)
+    with torch.no_grad():
+        router.scores.weight.copy_(torch.tensor([[60.0], [-60.0], [-70.0]]))
+    plan = router(torch.ones(1, 1))
+    assert plan.expert_ids.tolist() == [[0, 1]] and plan.gates.tolist() == [[1.5, 1.5]]
+    plan.gates[0, 1].backward()
+    torch.testing.assert_close(router.scores.weight.grad, torch.tensor([[-1.5], [1.5], [0.0]]))
+
+
+def test_the_output_error_is_that_of_what_was_written(
+    text_folder: Callable[..., Path], texts: Path, tmp_path: Path
+) -> None:
+    folder, out, data = text_folder(), str(tmp_path / "out"), str(texts)
+    options = {"router": "oracle", "slices": 4, "share": 0.5, "data": data, "rows": 300}
+    shown = moefy(str(folder), out, tune_steps=5, lr=0.05, **options)
+    host, written = open_host(folder), open_host(out)
+    rows = host.record(host.read(data, 300, 0))
+    for name, part in host.parts().items():
+        assert f"output error {output_error(part, written.layers()[name], rows[name]):.3f}" in shown
 
 
 def test_padding_is_in_no_route_loss(speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:
