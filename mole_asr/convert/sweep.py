@@ -17,10 +17,12 @@ from mole_asr.convert.host import DensePart, Host, Quality, hidden_activations
 from mole_asr.convert.slicing import Cut, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
 from mole_asr.convert.training import imitate
+from mole_asr.errors import MoleError
 from mole_asr.moe.convert.fitting import mass_kept
 from mole_asr.moe.convert.sliced import RouterKind, SlicedLayer
 from mole_asr.moe.convert.splits import Split
 from mole_asr.moe.routers import MLPRouter
+from mole_asr.score.results import Row
 
 _COMPARED_ROWS = 4096
 
@@ -37,6 +39,7 @@ class Bench:
         repeat: rounds of each timing.
         parts: the dense parts.
         dense: quality of the dense host.
+        largest: the batch of test data by which the whole model is timed.
     """
 
     host: Host
@@ -46,11 +49,19 @@ class Bench:
     heard: dict[str, Tensor] = field(init=False)
     parts: dict[str, DensePart] = field(init=False)
     dense: Quality = field(init=False)
+    largest: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.parts = self.host.parts()
         self.dense = self.host.quality(self.tests)
-        self.heard = {name: x_ND[:_COMPARED_ROWS] for name, x_ND in self.host.record(self.tests).items()}
+        self.heard = self.host.record(self.tests, _COMPARED_ROWS)
+        with torch.no_grad():
+            self.largest = max(self.tests, key=lambda batch: self.host.predict(batch).outputs_NV.shape[0])
+
+    def dense_facts(self) -> dict[str, Any]:
+        """What a row says of the dense host: its share of the neurons, and its quality."""
+        figures = {name: round(value, 4) for name, value in self.dense.figures.items()}
+        return {"share": 1.0, "score": round(self.dense.score, 5), **figures}
 
     def silent_share(self) -> float:
         """Share of activations that are zero on the test data, the mean over parts; with ReLU many are."""
@@ -86,8 +97,7 @@ class Bench:
         }
 
     def _whole(self, host: Host) -> dict[str, float]:
-        batch = max(self.tests, key=lambda each: self.host.predict(each).outputs_NV.shape[0])
-        ways = {"dense": partial(self.host.predict, batch), "sliced": partial(host.predict, batch)}
+        ways = {"dense": partial(self.host.forward, self.largest), "sliced": partial(host.forward, self.largest)}
         device = next(iter(self.heard.values())).device
         with quiet(), torch.inference_mode():
             return {name: timing.milliseconds for name, timing in time_in_turn(ways, self.repeat, device).items()}
@@ -144,6 +154,26 @@ def tuned_cut(
         host.put(name, layer)
     imitate(host, teacher, batches, steps, seed=cut.seed)
     return _facts(cut.split, cut.slices, cut.router, cut.active, steps) | bench.measure(host, layers)
+
+
+def check_settings(path: Path, rows: Sequence[Row], settings: Mapping[str, int]) -> None:
+    """Refuses to measure beside rows that come from other settings.
+
+    Args:
+        path: of the file of results.
+        rows: of it, with which the new ones would be compared.
+        settings: of the new ones. What a row does not say is not looked at.
+
+    Raises:
+        MoleError: a row says something else.
+    """
+    for row in rows:
+        for name, value in settings.items():
+            if row.get(name, value) != value:
+                raise MoleError(
+                    f"{path}: its rows of {row['model']} come from {name} {row[name]}, not {value}; give the options "
+                    "that they come from, or another --results"
+                )
 
 
 def _facts(split: Split, slices: int, router: RouterKind, active: int, tuned: int) -> dict[str, Any]:

@@ -65,6 +65,7 @@ MODELS = {
     )
 }
 ROUNDS = 3  # of each timing
+CUT_ROWS = 20_000  # of the training data, by which splits are found
 LEARNINGS: tuple[Learning, ...] = ("oracle", "prior", "end_to_end", "untrained")
 SPLITS: tuple[Split, ...] = ("contiguous", "random", "clusters", "coactivation")
 WAYS = tuple(

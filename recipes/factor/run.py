@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from plan import CONFIG, HERE, MODELS, ROUNDS, WAYS, Model, Way
+from plan import CONFIG, CUT_ROWS, HERE, MODELS, ROUNDS, WAYS, Model, Way
 
 from mole_asr.convert.factor import KINDS, train_slices
 from mole_asr.convert.host import open_host
 from mole_asr.convert.slicing import Cut, slice_parts
-from mole_asr.convert.sweep import Bench, at_hand
+from mole_asr.convert.sweep import Bench, at_hand, check_settings
 from mole_asr.errors import MoleError
 from mole_asr.score.results import ResultFile
 from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
@@ -26,12 +26,26 @@ KEY = ("model", "split", "slices", "router", "active")
 DENSE = {"split": "dense", "slices": 1, "router": "dense", "active": 1}
 
 
+def settings_of(model: Model, options: argparse.Namespace) -> dict[str, int]:
+    """What decides about the rows of a model, beside their keys."""
+    settings = {
+        "seed": options.seeds[0],
+        "rows": options.rows or model.rows,
+        "test_rows": options.rows or model.test_rows,
+        "steps": options.tuning_steps or model.steps,
+    }
+    if model.kind == "text":
+        config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+        settings["model_steps"] = options.steps or config["trainer"]["max_steps"]
+    return settings
+
+
 def folder_of(model: Model, options: argparse.Namespace) -> Path:
     """The folder of a dense model; a language model is trained where it is missing."""
     if model.kind == "speech":
         return options.speech
     need_texts(options.data, options.source)
-    steps = options.steps or yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["trainer"]["max_steps"]
+    steps = settings_of(model, options)["model_steps"]
     words = [f"--config={CONFIG}", *model.words, f"--trainer.max_steps={steps}", f"--data.seed={options.seeds[0]}"]
     texts = {"train": "train", "valid": "dev"}
     words += [f"--data.{key}_texts={options.data / f'texts_{split}.jsonl'}" for key, split in texts.items()]
@@ -41,6 +55,8 @@ def folder_of(model: Model, options: argparse.Namespace) -> Path:
 
 def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> None:
     """All ways of a model that results.json lacks."""
+    settings = settings_of(model, options)
+    check_settings(results.path, results.select(model=model.name), settings)
     missing = [way for way in WAYS if not results.select(model=model.name, **_columns(way))]
     if not missing:
         return
@@ -50,14 +66,14 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
         split: str(options.data / f"texts_{split}.jsonl" if model.kind == "text" else options.speech_data / name)
         for split, name in (("train", "cuts_train.jsonl"), ("test", "cuts_test.jsonl"))
     }
-    batches = host.read(data["train"], options.rows or model.rows, seed)
-    tests = host.read(data["test"], options.rows or model.test_rows, seed)
-    bench = Bench(host, host.record(batches[: max(1, len(batches) // 5)]), tests, ROUNDS)
-    facts = {"model": model.name, "seed": seed, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
-    figures = {name: round(value, 4) for name, value in bench.dense.figures.items()}
-    results.add([facts | DENSE | {"share": 1.0, "score": round(bench.dense.score, 5)} | figures])
+    batches = host.read(data["train"], settings["rows"], seed)
+    tests = host.read(data["test"], settings["test_rows"], seed)
+    bench = Bench(host, host.record(batches, CUT_ROWS), tests, ROUNDS)
+    facts = {"model": model.name, **settings, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
+    if not results.select(model=model.name, **DENSE):
+        results.add([facts | DENSE | bench.dense_facts()])
     for way in missing:
-        row = factorise(bench, way, batches, options.tuning_steps or model.steps, seed)
+        row = factorise(bench, way, batches, settings["steps"], seed)
         results.add([facts | row])
         print(
             model.name,
@@ -81,7 +97,7 @@ def factorise(bench: Bench, way: Way, batches: list[object], steps: int, seed: i
         host.put(name, layer)
     before = host.quality(bench.tests)
     losses = train_slices(host, bench.parts, batches, way.learning, steps, seed=seed)
-    facts = {"share": way.active / way.slices, "steps": steps, "score_untrained": round(before.score, 5)}
+    facts = {"share": way.active / way.slices, "score_untrained": round(before.score, 5)}
     return _columns(way) | facts | {"loss": round(losses[-1], 4)} | bench.measure(host, layers)
 
 

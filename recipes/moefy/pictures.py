@@ -17,7 +17,7 @@ _LINES = {"oracle": "--", "mlp": "-", "centroid": ":"}
 
 def draw(results: ResultFile, folder: Path) -> None:
     """Writes the pictures, as far as there are results for them."""
-    names = [name for name in MODELS if dense_row(results, name)]
+    names = [name for name, model in MODELS.items() if dense_row(results, model.of) and results.select(model=name)]
     if names:
         save_figure(_figure(results, names, _over_share), folder / "quality.svg")
         save_figure(_figure(results, names, _over_speed), folder / "speed.svg")
@@ -39,8 +39,10 @@ def _figure(results: ResultFile, names: list[str], paint: Callable[[Axes, Result
         axes.axhline(95, color="#444444", linewidth=0.6)
         axes.set_title(f"{MODELS[name].title}, {slices} slices", fontsize=9)
         axes.set_ylabel("quality kept, %", fontsize=8)
-        axes.set_ylim(60, 102)
-    figure.axes[0].legend(frameon=False, fontsize=6)
+        axes.set_ylim(0, max(102, axes.get_ylim()[1]))
+    # One model may have lines that another lacks.
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_legend_handles_labels()[0]}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     return figure
 
 

@@ -16,6 +16,7 @@ from plan import (
     ADAPTATION,
     CALIBRATION_ROWS,
     CONFIG,
+    FIRST_ROWS,
     HERE,
     MODELS,
     ROUNDS,
@@ -30,7 +31,7 @@ from plan import (
 
 from mole_asr.convert.host import Host, open_host
 from mole_asr.convert.slicing import Cut, active_slices
-from mole_asr.convert.sweep import Bench, at_hand, sweep_cuts, tuned_cut
+from mole_asr.convert.sweep import Bench, at_hand, check_settings, sweep_cuts, tuned_cut
 from mole_asr.convert.training import relu_adaptation
 from mole_asr.errors import MoleError
 from mole_asr.score.results import ResultFile
@@ -46,12 +47,38 @@ def data_of(model: Model, split: str, options: argparse.Namespace) -> str:
     return str((options.data if model.kind == "text" else options.speech_data) / name)
 
 
+def settings_of(model: Model, options: argparse.Namespace) -> dict[str, int]:
+    """What decides about the rows of a model, beside their keys."""
+    adaptation, training_rows = options.training or ADAPTATION[model.kind]
+    settings = {
+        "seed": options.seeds[0],
+        "cut_rows": options.rows or CALIBRATION_ROWS,
+        "test_rows": options.rows or TEST_ROWS[model.kind],
+        "training_rows": training_rows,
+    }
+    if model.kind == "text":
+        config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+        settings["model_steps"] = options.steps or config["trainer"]["max_steps"]
+    return settings | ({"adaptation_steps": adaptation} if model.adapted else {})
+
+
+def check_rows(model: Model, options: argparse.Namespace, results: ResultFile) -> None:
+    """Refuses to measure a model beside rows of other settings: its own, or those of what it is compared with.
+
+    Raises:
+        MoleError: there are such rows.
+    """
+    for each in {model.name: model, model.of: MODELS[model.of]}.values():
+        rows = [FIRST_ROWS[each.kind] | row for row in results.select(model=each.name)]
+        check_settings(results.path, rows, settings_of(each, options))
+
+
 def folder_of(model: Model, options: argparse.Namespace) -> Path:
     """The folder of a dense model; language models are trained where they are missing."""
     if model.kind == "speech":
         return options.speech
     need_texts(options.data, options.source)
-    steps = options.steps or yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["trainer"]["max_steps"]
+    steps = settings_of(model, options)["model_steps"]
     words = [f"--config={CONFIG}", *model.words, f"--trainer.max_steps={steps}", f"--data.seed={options.seeds[0]}"]
     splits = {"train": "train", "valid": "dev"}
     words += [f"--data.{key}_texts={data_of(model, split, options)}" for key, split in splits.items()]
@@ -61,7 +88,7 @@ def folder_of(model: Model, options: argparse.Namespace) -> Path:
 
 def training_data(model: Model, host: Host, options: argparse.Namespace) -> list[Any]:
     """Batches to adapt and to tune by."""
-    rows = options.training[1] if options.training else ADAPTATION[model.kind][1]
+    rows = settings_of(model, options)["training_rows"]
     return host.read(data_of(model, "train", options), rows, options.seeds[0] + 1)
 
 
@@ -69,7 +96,7 @@ def host_of(model: Model, options: argparse.Namespace) -> Host:
     """The dense model, adapted where it is to be."""
     host = open_host(folder_of(MODELS[model.of], options))
     if model.adapted:
-        steps = options.training[0] if options.training else ADAPTATION[model.kind][0]
+        steps = settings_of(model, options)["adaptation_steps"]
         print(f"{model.name}: {steps} steps of adaptation to ReLU", flush=True)
         losses = relu_adaptation(host, training_data(model, host, options), steps, seed=options.seeds[0])
         print(f"distillation loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)
@@ -78,19 +105,19 @@ def host_of(model: Model, options: argparse.Namespace) -> Host:
 
 def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> None:
     """All cuts of a model that results.json lacks."""
+    check_rows(model, options, results)
     steps = options.training[0] if options.training else TUNING[model.kind]
     plain = [cut for cut in model.cuts if not _has(results, model, *cut, tuned=0)]
     tuned = [cut for cut in model.cuts if cut[0] in TUNED and not _has(results, model, *cut, tuned=steps)]
     if not plain and not tuned:
         return
-    host, seed = host_of(model, options), options.seeds[0]
-    rows = host.record(host.read(data_of(model, "train", options), options.rows or CALIBRATION_ROWS, seed))
-    tests = host.read(data_of(model, "test", options), options.rows or TEST_ROWS[model.kind], seed)
+    host, seed, settings = host_of(model, options), options.seeds[0], settings_of(model, options)
+    rows = host.record(host.read(data_of(model, "train", options), settings["cut_rows"], seed))
+    tests = host.read(data_of(model, "test", options), settings["test_rows"], seed)
     bench = Bench(host, rows, tests, ROUNDS)
-    facts = {"model": model.name, "seed": seed, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
-    quality = {name: round(value, 4) for name, value in bench.dense.figures.items()}
-    dense: dict[str, Any] = {"share": 1.0, "score": round(bench.dense.score, 5), **quality}
-    results.add([facts | DENSE | dense | {"silent_share": round(bench.silent_share(), 4)}])
+    facts = {"model": model.name, **settings, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
+    if not _has(results, model, "dense", 1, tuned=0):
+        results.add([facts | DENSE | bench.dense_facts() | {"silent_share": round(bench.silent_share(), 4)}])
     for split, slices in plain:
         actives = sorted({active_slices(share, slices) for share in SHARES})
         _note(results, [facts | row for row in sweep_cuts(bench, split, slices, actives, ROUTERS, seed)])

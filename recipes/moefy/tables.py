@@ -29,8 +29,8 @@ def dense_row(results: ResultFile, model: str) -> Row | None:
 
 
 def kept(results: ResultFile, row: Row) -> float | None:
-    """Score of a cut model over that of the model that it, or what it was adapted from, was."""
-    reference = dense_row(results, MODELS[row["model"]].of) or dense_row(results, row["model"])
+    """Score of a cut model over that of the model that it, or what it was adapted from, was; None if not measured."""
+    reference = dense_row(results, MODELS[row["model"]].of)
     return row["score"] / reference["score"] if reference and reference["score"] else None
 
 

@@ -1,5 +1,6 @@
 """recipes/moefy and recipes/factor: the whole commands on a few made sentences and noise."""
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -13,7 +14,9 @@ from types import ModuleType
 import pytest
 import yaml
 
+from mole_asr.errors import MoleError
 from mole_asr.moe.experts import Activation
+from mole_asr.score.results import ResultFile
 from mole_asr.text.checkpoint import load_text_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -121,6 +124,45 @@ def test_moefy(
     assert main(words) == 0  # what is done stays done
     assert (folder / "results.json").read_bytes() == before
     assert main(["--table", "--results", str(folder)]) == 0
+    settings = {"seed": 0, "cut_rows": 200, "test_rows": 200, "training_rows": 100}
+    for row in rows:
+        text, adapted = row["model"].startswith("swiglu"), row["model"].endswith("adapted")
+        mine = settings | ({"model_steps": 3} if text else {}) | ({"adaptation_steps": 2} if adapted else {})
+        assert {name: row[name] for name in mine} == mine
+    for changed, says in (
+        (["--seeds", "1"], "seed 0, not 1"),
+        (["--steps", "4"], "model_steps 3, not 4"),
+        (["--rows", "300"], "cut_rows 200, not 300"),
+        (["--training", "2", "90"], "training_rows 100, not 90"),
+        (["--training", "3", "100", "--models", "swiglu-adapted"], "adaptation_steps 2, not 3"),
+    ):
+        assert main([*words, *changed]) == 1
+        assert f"its rows of swiglu{'-adapted' * ('3' in changed)} come from {says}" in capsys.readouterr().err
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_quality_kept_is_absent_without_the_model_that_was_adapted(
+    make: Callable[[str], Recipe], tmp_path: Path
+) -> None:
+    tables = make("moefy")["tables"]
+    results = ResultFile(tmp_path / "results.json", ("model", "router"))
+    cut = {"model": "swiglu-adapted", "router": "mlp", "score": 0.3}
+    results.add([cut, {"model": "swiglu-adapted", "router": "dense", "score": 0.4}])
+    assert tables.kept(results, cut) is None  # what it was adapted from is not measured
+    results.add([{"model": "swiglu", "router": "dense", "score": 0.5}])
+    assert tables.kept(results, cut) == 0.6
+
+
+def test_the_rows_that_stand_in_moefy_may_be_added_to(make: Callable[[str], Recipe], tmp_path: Path) -> None:
+    recipe = make("moefy")
+    shutil.copy(RECIPES / "moefy" / "config.yaml", tmp_path / "moefy" / "config.yaml")
+    results = ResultFile(RECIPES / "moefy" / "results.json", recipe["run"].KEY)
+    options = argparse.Namespace(seeds=[0], steps=None, rows=None, training=None)
+    for model in recipe["plan"].MODELS.values():
+        recipe["run"].check_rows(model, options, results)
+    options.rows = 30_000
+    with pytest.raises(MoleError, match="rows of relu come from cut_rows 20000, not 30000"):
+        recipe["run"].check_rows(recipe["plan"].MODELS["relu"], options, results)
 
 
 def test_moefy_without_a_recogniser(
@@ -165,3 +207,16 @@ def test_factor(
     before = (folder / "results.json").read_bytes()
     assert main(words) == 0  # what is done stays done
     assert (folder / "results.json").read_bytes() == before
+    assert {row["model_steps"] for row in rows} == {row["steps"] for row in rows} == {3}
+    for changed, says in (
+        ("--seeds", "seed 0, not 1"),
+        ("--rows", "rows 200, not 1"),
+        ("--tuning-steps", "steps 3, not 1"),
+    ):
+        assert main([*words, changed, "1"]) == 1
+        assert f"its rows of swiglu come from {says}" in capsys.readouterr().err
+    rows[0]["score"] = 0.123  # of the dense model, whose row stays as it is where a cut is missing
+    (folder / "results.json").write_text(json.dumps(rows[:-1]))
+    assert main(words) == 0
+    again = json.loads((folder / "results.json").read_text())
+    assert again[:-1] == rows[:-1] and again[-1]["split"] == rows[-1]["split"]
