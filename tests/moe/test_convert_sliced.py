@@ -13,6 +13,7 @@ from mole_asr.moe.convert.fitting import fit_mlp_router, mass_kept
 from mole_asr.moe.convert.sliced import describe, rebuild, sliced_layers
 from mole_asr.moe.convert.splits import balanced_assignment, balanced_partition, coactivation_graph
 from mole_asr.moe.experts import GATED, ExpertWeights, activate, feed_forward
+from mole_asr.moe.losses import activation_loss
 from mole_asr.moe.pseudo_labels import activation_mass, prior_approximate_labels
 from mole_asr.moe.routers import expert_centroids
 
@@ -210,12 +211,16 @@ def test_the_learned_router_lies_between_the_centroids_and_the_oracle() -> None:
 
 def test_the_best_epoch_is_kept_and_too_few_rows_are_refused() -> None:
     layer, train_ND, _ = sparse_ffn()
-    mass_NE = activation_mass(train_ND, layer.experts)
-    losses = []
-    for epochs in (1, 3, 6):
-        router = MLPRouter(expert_centroids(layer.experts), 1)
-        losses.append(fit_mlp_router(router, train_ND, mass_NE, epochs, lr=0.5))  # so high that it gets worse again
-    assert losses[0] >= losses[1] >= losses[2]
+    mass_NE, seen = activation_mass(train_ND, layer.experts), []
+    router = MLPRouter(expert_centroids(layer.experts), 1)
+    router.register_forward_hook(lambda _, inputs, plan: seen.append((inputs[0], plan.aux["logits"].detach())))
+    best = fit_mlp_router(router, train_ND, mass_NE, epochs=5, lr=1.0)  # so high that it gets worse again
+    held_out_ND = seen[-1][0]
+    assert len(held_out_ND) == 100
+    places_N = torch.tensor([int((train_ND == row_D).all(-1).nonzero()[0]) for row_D in held_out_ND])
+    last = RoutingPlan(torch.zeros(100, 1, dtype=torch.int32), torch.ones(100, 1), 4, aux={"logits": seen[-1][1]})
+    assert float(activation_loss(last, mass_NE[places_N])) > best + 1e-3
+    assert float(activation_loss(router(held_out_ND), mass_NE[places_N]).detach()) == pytest.approx(best)
     with pytest.raises(ValueError, match="not 1 rows"):
         fit_mlp_router(MLPRouter(expert_centroids(layer.experts), 1), train_ND[:1], mass_NE[:1])
 
