@@ -13,6 +13,11 @@ import torch
 
 from mole_asr.asr.checkpoint import save_model
 from mole_asr.asr.model import EncoderConfig, MoleModel
+from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel
+from mole_asr.asr.w2v_bert import W2vBertConfig
+from mole_asr.asr.wav2vec2 import Wav2Vec2Config
+from mole_asr.asr.whisper import WhisperConfig
+from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 from mole_asr.corpus.manifest import Utterance, write_manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer, train_tokenizer
 from mole_asr.text.checkpoint import LanguageModel, save_text_model
@@ -74,6 +79,41 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_model(MoleModel(config, ["de", "en"], tokenizer.vocab_size).eval(), tokenizer, folder / "model")
     return folder
+
+
+def whisper_tokenizer() -> WhisperTokenizer:
+    """Knows no text, only the signs that a multilingual one has."""
+    from tokenizers import AddedToken, Tokenizer, models
+
+    tokenizer = Tokenizer(models.BPE({}, []))
+    names = ["endoftext", "startoftranscript", "de", "en", "transcribe", "notimestamps"]
+    tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", normalized=False, special=True) for name in names])
+    return WhisperTokenizer.from_text(tokenizer.to_str())
+
+
+@pytest.fixture
+def pretrained_folder(speech: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Makes the folder of an untrained recogniser on an encoder of another kind."""
+    sizes: dict[str, WhisperConfig | Wav2Vec2Config | W2vBertConfig] = {
+        "whisper": WhisperConfig(80, 16, 32, 2, 2, 1, 2, 10),
+        "wav2vec2": Wav2Vec2Config(
+            (8, 8, 8), (10, 8, 4), (5, 8, 8), False, True, 16, 32, 2, 2, 8, 2, norm_first=False, waveform_eps=1e-7
+        ),
+        "w2v_bert": W2vBertConfig(80, 16, 32, 2, 2, 5, 8, 4),
+    }
+
+    def make(name: str) -> Path:
+        torch.manual_seed(0)
+        tokenizer = TextTokenizer(speech / "tokenizer")
+        config = PretrainedConfig(num_mole_blocks=1, language_tokenizer_block=1)
+        whispers = whisper_tokenizer() if name == "whisper" else None
+        model = PretrainedModel(config, sizes[name], whispers, ["de", "en"], tokenizer.vocab_size).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        save_model(model, tokenizer, tmp_path / name)
+        return tmp_path / name
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -25,18 +25,27 @@ PARTS = {
     "t5": [f"{s}.block.{n}.layer.{i}.DenseReluDense" for s, i in (("encoder", 1), ("decoder", 2)) for n in (0, 1)],
 }
 PARTS["t5-gated"] = PARTS["t5"]
+RECOGNISERS = ["speech", "whisper", "wav2vec2", "w2v_bert"]
+PARTS["whisper"] = PARTS["wav2vec2"] = ["encoder.blocks.0.feed_forward"]  # the upper block has experts
+PARTS["w2v_bert"] = [f"encoder.blocks.{name}" for name in ("0.feed_forward_in", "0.feed_forward", "1.feed_forward_in")]
 KINDS = list(PARTS)
 ACTIVATIONS = {"text": "swiglu", "speech": "silu", "llama": "swiglu", "llama-bias": "swiglu", "t5": "relu"}
 ACTIVATIONS |= {"bert": "gelu", "bert-base": "gelu", "t5-gated": "geglu"}
+ACTIVATIONS |= {"whisper": "gelu", "wav2vec2": "gelu", "w2v_bert": "silu"}
 
 
 @pytest.fixture
 def folder_of(
-    text_folder: Callable[..., Path], speech: Path, huggingface_folder: Callable[[str], Path]
+    text_folder: Callable[..., Path],
+    speech: Path,
+    huggingface_folder: Callable[[str], Path],
+    pretrained_folder: Callable[[str], Path],
 ) -> Callable[[str], Path]:
     def find(kind: str) -> Path:
         if kind in HUGGING_FACE:
             return huggingface_folder(kind)
+        if kind in RECOGNISERS[1:]:
+            return pretrained_folder(kind)
         return speech / "model" if kind == "speech" else text_folder()
 
     return find
@@ -44,7 +53,7 @@ def folder_of(
 
 @pytest.fixture
 def data_of(texts: Path, speech: Path) -> Callable[[str], str]:
-    return lambda kind: str(speech / "cuts.jsonl" if kind == "speech" else texts)
+    return lambda kind: str(speech / "cuts.jsonl" if kind in RECOGNISERS else texts)
 
 
 def outputs(host: Host, batches: list[Any]) -> list[torch.Tensor]:
@@ -66,14 +75,14 @@ def slice_all(host: Host, cut: Cut, rows: Any = None) -> None:
 def test_all_slices_together_are_the_model(kind: str, folder_of: Any, data_of: Any) -> None:
     host = open_host(folder_of(kind))
     batches = host.read(data_of(kind), 150, seed=0)
-    if kind != "speech":  # whose features are float32
+    if kind not in RECOGNISERS:  # whose features are float32
         host.model.double()
     expected = outputs(host, batches)
     assert list(host.parts()) == PARTS[kind]
     assert {part.activation for part in host.parts().values()} == {ACTIVATIONS[kind]}
     slice_all(host, Cut("random", 4, 4, "centroid"))
     assert not host.parts() and list(host.layers()) == PARTS[kind]
-    assert_same(outputs(host, batches), expected, 1e-4 if kind == "speech" else 1e-9)
+    assert_same(outputs(host, batches), expected, 1e-4 if kind in RECOGNISERS else 1e-9)
     for layer in host.layers().values():
         layer.choose_router("centroid", 1)
     assert max(float((a - b).abs().max()) for a, b in zip(outputs(host, batches), expected, strict=True)) > 1e-3
@@ -96,7 +105,7 @@ def test_recorded_rows_are_what_the_parts_compute(kind: str, folder_of: Any, dat
         valid = [x if mask is None else x[mask] for x, mask in zip(given[name], masks, strict=True)]
         torch.testing.assert_close(x_ND, torch.cat(valid).detach())
         padded = sum(map(len, given[name])) - len(x_ND)
-        assert (padded > 0) == (kind in ("speech", "text"))
+        assert (padded > 0) == (kind in ("text", *RECOGNISERS))
         if padded == 0:
             continue
         assert len(x_ND) == sum(len(found.outputs_NV) for found in predictions)
@@ -147,7 +156,7 @@ def test_relu_is_kept(kind: str, folder_of: Any, data_of: Any, tmp_path: Path) -
     assert_same(outputs(host, batches), relu, 1e-3)
     host.save(tmp_path / "sliced")
     assert_same(outputs(open_host(tmp_path / "sliced"), batches), outputs(host, batches), 0)
-    if kind == "speech":
+    if kind in RECOGNISERS:
         with pytest.raises(MoleError, match="was adapted to relu"):
             dense(str(tmp_path / "sliced"), str(tmp_path / "dense"))
     else:
