@@ -184,7 +184,7 @@ class HuggingFaceHost(Host):
         """Windows of token ids [B, T], drawn at random from texts of all languages, whole windows only.
 
         Raises:
-            MoleError: the file cannot be read, or the folder has no tokenizer.
+            MoleError: the file cannot be read, the folder has no tokenizer, or there are fewer rows than a window has.
         """
         texts = [text for each in read_texts(path).values() for text in each]
         if not texts:
