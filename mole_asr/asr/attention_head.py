@@ -18,7 +18,7 @@ IGNORED = -100  # no loss there: the prompt and the padding
 # Whisper writes about 3 tokens a second in Latin script, 8 in others; 20 ms a frame.
 FRAMES_PER_TOKEN = 4
 SPARE_TOKENS = 10
-# Nobody says the same three times over with so many tokens in all; a decoder that has lost its place writes it for ever.
+# Nobody says the same three times over, so many tokens in all; a decoder that has lost its place goes on for ever.
 LOOP_COPIES, LOOP_TOKENS = 3, 8
 
 

@@ -80,11 +80,11 @@ class ModelOutput:
 
     Attributes:
         log_probs_BTV: float32 token log-probabilities; id 0 is the blank.
-        lengths_B: int64, frames.
+        lengths_B: int64, frames of log_probs_BTV.
         decision: of the mixture: what the language tokenizer heard, and the plans of the MoLE blocks.
-        frames: the padded batch's description.
+        frames: the padded batch's description, as the encoder sees it.
         intermediate_log_probs_BTV: of the intermediate CTC heads, lowest first.
-        memory_BTD: float32 output of the encoder, for an attention head.
+        memory_BTD: float32 output of the encoder, for an attention head; its lengths are those of `frames`.
     """
 
     log_probs_BTV: Tensor

@@ -134,7 +134,7 @@ class MoleTask(ResumableTask):
         named = losses(output, batch)
         head = self.model.attention_head
         if head is not None and output.memory_BTD is not None and not self._new_parts_only:
-            named["attention"] = head.loss(output.memory_BTD, output.lengths_B, batch.texts, batch.languages_B)
+            named["attention"] = head.loss(output.memory_BTD, output.frames.lengths_B, batch.texts, batch.languages_B)
         total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))
         self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=len(batch))
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
@@ -182,7 +182,7 @@ class MoleTask(ResumableTask):
         head, written = self.model.attention_head, spelled
         if head is not None and output.memory_BTD is not None:
             heard_B = output.language_logits_BN.argmax(1)
-            written = head.greedy(output.memory_BTD, output.lengths_B, heard_B)
+            written = head.greedy(output.memory_BTD, output.frames.lengths_B, heard_B)
         texts = zip(written, spelled, batch.texts, batch.languages_B.tolist(), strict=True)
         for hypothesis, by_ctc, text, language in texts:
             if language < 0:  # stands in for a batch with no readable file

@@ -221,7 +221,7 @@ class Transcriber:
         head = self.model.attention_head
         if self.head == "ctc" or head is None or output.memory_BTD is None:
             return None
-        texts = head.greedy(output.memory_BTD, output.lengths_B, languages_B)
+        texts = head.greedy(output.memory_BTD, output.frames.lengths_B, languages_B)
         codes = [self.model.languages[language] for language in languages_B.tolist()]
         return [normalize(text, code) for text, code in zip(texts, codes, strict=True)]
 

@@ -93,7 +93,7 @@ TESTS = {
     "unseen over 2 s": TestSet(("unseen",), min_seconds=2.0),
 }
 TRAININGS = {
-    "voices13": Training((), 3, 7e-5, tuple(TESTS)),
+    "voices13": Training((), 2, 7e-5, tuple(TESTS)),
     "prompts5": Training(("prompts-",), 3, 3e-5, ("prompts5", "unseen", "unseen over 2 s")),
 }
 
