@@ -1,6 +1,7 @@
 """Which slices of a dense FFN a row needs, asked of the slices themselves: what slice routers are trained towards.
 
-All of it costs as much as the dense FFN, is computed in the type of the slices, and has no gradient.
+All of it costs as much as the dense FFN and has no gradient. Products are computed in the type of the slices, what is
+compared at least in float32.
 
 Shape letters: N rows, E experts, K experts a row, D model width, F expert width.
 """
@@ -44,7 +45,8 @@ def prior_approximate_labels(x_ND: Tensor, experts: Experts, k: int, dense_ND: T
     """
     with torch.autocast(x_ND.device.type, enabled=False):
         x_ND = x_ND.to(experts.w1_EFD.dtype)
-        outputs = [feed_forward(x_ND, weights, experts.activation) for weights in experts.unbind()]
+        exact = torch.promote_types(x_ND.dtype, torch.float32)  # near ties are not decided by rounding
+        outputs = [feed_forward(x_ND, weights, experts.activation).to(exact) for weights in experts.unbind()]
     dense_ND = torch.stack(outputs).sum(0) if dense_ND is None else dense_ND
     target_ND = dense_ND * (k / experts.num_experts)
     errors_NE = torch.stack([(output - target_ND).square().mean(-1) for output in outputs], dim=-1)
