@@ -5,6 +5,7 @@ Letters: B batch, T frames, U tokens, V vocabulary, D model width.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,13 @@ FRAMES_PER_TOKEN = 4
 SPARE_TOKENS = 10
 # Nobody says the same three times over, so many tokens in all; a decoder that has lost its place goes on for ever.
 LOOP_COPIES, LOOP_TOKENS = 3, 8
+
+
+class Written(NamedTuple):
+    """A text, and the mean logarithm of the probability of its tokens, the end sign's too."""
+
+    text: str
+    log_prob: float
 
 
 def cut_loop(ids: list[int]) -> bool:
@@ -106,7 +114,7 @@ class AttentionHead(nn.Module):
         return functional.cross_entropy(logits_NV, targets_BU.to(device)[wanted_BU], label_smoothing=smoothing)
 
     @torch.no_grad()
-    def greedy(self, memory_BTD: Tensor, lengths_B: Tensor, languages_B: Tensor) -> list[str]:
+    def greedy(self, memory_BTD: Tensor, lengths_B: Tensor, languages_B: Tensor) -> list[Written]:
         """The text of each utterance: the likeliest token again and again, all utterances at once.
 
         An utterance that has ended leaves the batch. It ends, too, where it repeats itself (`cut_loop`), and at the
@@ -117,47 +125,71 @@ class AttentionHead(nn.Module):
             lengths_B: int64, its valid frames.
             languages_B: int64, index into the model's languages.
         """
-        texts: list[list[int]] = [[] for _ in languages_B]
         limits = (lengths_B // FRAMES_PER_TOKEN + SPARE_TOKENS).clamp(max=self.max_tokens - 4).tolist()
         # Prompts with and without a language differ in length.
         by_length: dict[int, list[int]] = {}
         prompts = self._prompts(languages_B)
         for row, prompt in enumerate(prompts):
             by_length.setdefault(len(prompt), []).append(row)
+        drafts = [_Draft(limit) for limit in limits]
         for rows in by_length.values():
-            self._greedy_rows(memory_BTD, lengths_B, rows, prompts, limits, texts)
-        return [self.tokenizer.decode(ids).strip() for ids in texts]
+            self._greedy_rows(memory_BTD, lengths_B, rows, prompts, drafts)
+        return [Written(self.tokenizer.decode(draft.ids).strip(), draft.log_prob) for draft in drafts]
 
     def _greedy_rows(
-        self,
-        memory_BTD: Tensor,
-        lengths_B: Tensor,
-        rows: list[int],
-        prompts: list[list[int]],
-        limits: list[int],
-        texts: list[list[int]],
+        self, memory_BTD: Tensor, lengths_B: Tensor, rows: list[int], prompts: list[list[int]], drafts: list["_Draft"]
     ) -> None:
-        """Writes the token ids of `rows` into `texts`."""
-        device = memory_BTD.device
+        """Writes the drafts of `rows`."""
+        device, end = memory_BTD.device, self.tokenizer.end_id
         cache = self.decoder.cross_cache(memory_BTD[rows], lengths_B[rows])
         logits_BV = self.decoder.read(torch.tensor([prompts[row] for row in rows], device=device), cache)
         while rows:
             # The tokens behind the end sign are signs of languages, tasks and times: no text.
-            next_ids = logits_BV[:, : self.tokenizer.end_id + 1].argmax(-1).tolist()
-            going = []
-            for place, (row, token) in enumerate(zip(rows, next_ids, strict=True)):
-                if token != self.tokenizer.end_id and len(texts[row]) < limits[row]:
-                    texts[row].append(token)
-                    if not cut_loop(texts[row]):
-                        going.append(place)
+            logits_BV = logits_BV[:, : end + 1]
+            best_B, next_B = logits_BV.max(-1)
+            total_B = logits_BV.logsumexp(-1)
+            chances = (best_B - total_B).tolist(), (logits_BV[:, end] - total_B).tolist()
+            steps = enumerate(zip(rows, next_B.tolist(), *chances, strict=True))
+            going = [place for place, (row, token, *chance) in steps if drafts[row].add(token, token == end, *chance)]
             if not going:
                 return
             if len(going) < len(rows):
                 cache = cache.select(torch.tensor(going, device=device))
                 rows = [rows[place] for place in going]
-            last_B1 = torch.tensor([[texts[row][-1]] for row in rows], device=device)
+            last_B1 = torch.tensor([[drafts[row].ids[-1]] for row in rows], device=device)
             logits_BV = self.decoder.read(last_B1, cache)
 
     def _prompts(self, languages_B: Tensor) -> list[list[int]]:
         without = self.tokenizer.prompt(None)
         return [self.prompts[language] if language >= 0 else without for language in languages_B.tolist()]
+
+
+class _Draft:
+    """A text that is being written.
+
+    Args:
+        limit: of its tokens.
+
+    Attributes:
+        ids: its tokens.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.ids = limit, list[int]()
+        self._log_probs: list[float] = []  # of each token
+        self._end_log_probs: list[float] = []  # of the end sign, in place of each token and behind the last
+
+    def add(self, token: int, is_end: bool, log_prob: float, end_log_prob: float) -> bool:
+        """Takes the likeliest token; False where the text ends."""
+        self._end_log_probs.append(end_log_prob)
+        if is_end or len(self.ids) == self.limit:
+            return False
+        self.ids.append(token)
+        self._log_probs.append(log_prob)
+        return not cut_loop(self.ids)
+
+    @property
+    def log_prob(self) -> float:
+        """Mean over the tokens and the end sign behind them."""
+        count = len(self.ids)
+        return (sum(self._log_probs[:count]) + self._end_log_probs[count]) / (count + 1)

@@ -9,6 +9,7 @@ All functions go by the types of a model's modules, so they serve every model th
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,15 @@ def generations_of(model: nn.Module) -> list[Generation]:
     if mixture.generations:
         return [Generation(*counts) for counts in mixture.generations]
     return [Generation(mixture.num_languages, sum(_heads(model)[0].parts))]
+
+
+def contemporaries(model: nn.Module, language: int) -> int:
+    """How many of a model's languages, the first ones, came with this one or before: what it can be confused with."""
+    mixture = mixture_of(model)
+    kept = mixture.kept or range(mixture.num_languages)
+    ends = accumulate(generation.languages for generation in generations_of(model))
+    end = next(end for end in ends if kept[language] < end)
+    return sum(place < end for place in kept)
 
 
 def set_generations(model: nn.Module, generations: Sequence[Generation]) -> None:

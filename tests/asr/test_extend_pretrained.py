@@ -9,12 +9,13 @@ import torch
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.extend import extend
 from mole_asr.asr.fine_tuning import FineTuning, fine_tuning_optimizer
-from mole_asr.asr.generations import guard, train_last_generation, wake
+from mole_asr.asr.generations import contemporaries, guard, mixture_of, train_last_generation, wake
 from mole_asr.asr.losses import losses
 from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel, from_checkpoint
 from mole_asr.asr.prune import prune
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer, extend_tokenizer
+from mole_asr.transcribe import transcriber
 
 from .conftest import LANGUAGES
 
@@ -47,6 +48,26 @@ def load(folder: Path) -> PretrainedModel:
     model, _ = load_model(folder)
     assert isinstance(model, PretrainedModel)
     return model
+
+
+def test_new_languages_change_no_comparison_of_texts(
+    folder: Path, wider_folder: tuple[Path, int], tmp_path: Path, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transcriber, "_SURE", 1.1)
+    extend(str(folder), str(tmp_path / "new"), languages=["haw"], tokenizer=str(wider_folder[0]))
+    waves = [audio_S[:n].numpy() for audio_S, n in zip(batch.audio_BS, batch.audio_lengths_B.tolist(), strict=True)]
+    old, asleep = (list(transcriber.load(place, "cpu").transcribe(waves)) for place in (folder, tmp_path / "new"))
+    awake = transcriber.load(tmp_path / "new", "cpu")
+    tokenizer = mixture_of(awake.model).language_tokenizer.languages
+    with torch.no_grad():  # as likely as can be, and never the likeliest
+        tokenizer.weight[-1], tokenizer.bias[-1] = tokenizer.weight[:-1].mean(0), tokenizer.bias[:-1].mean() - 0.1
+    heard = list(awake.transcribe(waves))
+    for before, *after in zip(old, asleep, heard, strict=True):
+        assert all(
+            (t.text, t.language, t.reliability) == (before.text, before.language, before.reliability) for t in after
+        )
+        assert after[1].language_probabilities["haw"] > 0.1
+    assert [contemporaries(awake.model, n) for n in range(4)] == [3, 3, 3, 4]
 
 
 def test_extended_and_pruned_models_give_the_same_bits(

@@ -24,6 +24,7 @@ from mole_asr.asr.whisper_checkpoint import load_whisper
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
+from mole_asr.transcribe import transcriber
 from mole_asr.transcribe.transcriber import Transcriber
 
 from .conftest import LANGUAGES
@@ -156,6 +157,40 @@ def test_an_utterance_does_not_depend_on_its_batch(model: PretrainedModel, batch
             )
 
 
+def test_where_the_language_is_unsure_the_likeliest_text_tells_it(
+    model: PretrainedModel, tokenizer: TextTokenizer, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.eval()
+    model.config = replace(model.config, second_hearing=0.0)
+    for n, parameter in enumerate(model.encoder.blocks[-1].feed_forward.moe.experts.parameters()):
+        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n))
+    listener, head = Transcriber(model, tokenizer), model.attention_head
+    assert head is not None
+    changed, weight = 0, 50.0  # texts of random weights are much alike
+    monkeypatch.setattr(transcriber, "_TEXT_WEIGHT", weight)
+    for audio_S, length in zip(batch.audio_BS, batch.audio_lengths_B.tolist(), strict=True):
+        wave = audio_S[:length].numpy()
+        monkeypatch.setattr(transcriber, "_SURE", 0.0)
+        (first,) = listener.transcribe(wave)
+        monkeypatch.setattr(transcriber, "_SURE", 1.1)
+        (second,) = listener.transcribe(wave)
+        scores = {}
+        for n, code in enumerate(LANGUAGES):
+            with torch.no_grad():
+                told = model(audio_S[None, :length], torch.tensor([length]), torch.tensor([n]))
+                (written,) = head.greedy(told.memory_BTD, told.frames.lengths_B, torch.tensor([n]))
+            scores[code] = math.log(first.language_probabilities[code]) + weight * written.log_prob
+        best = max(scores, key=scores.__getitem__)
+        (told_best,) = listener.transcribe(wave, language=best)
+        assert (second.language, second.text) == (best, told_best.text)
+        assert second.reliability == pytest.approx(told_best.reliability)
+        total = sum(map(math.exp, scores.values()))
+        wanted = {code: math.exp(score) / total for code, score in scores.items()}
+        assert second.language_probabilities == pytest.approx(wanted, rel=1e-3)
+        changed += second.language != first.language
+    assert changed  # or the text had nothing to say
+
+
 def test_attention_loss_is_the_cross_entropy_of_each_text(model: PretrainedModel, batch: Batch) -> None:
     model.eval()
     head = model.attention_head
@@ -189,10 +224,14 @@ def test_greedy_search_equals_recomputing_everything(model: PretrainedModel, bat
             ids = list(head.prompts[language]) if language >= 0 else head.tokenizer.prompt(None)
             prompt = len(ids)
             limit = length // 4 + 10
+            memory_BTD = output.memory_BTD[row : row + 1, :length]
+
+            def chances(ids: list[int], memory_BTD: Tensor = memory_BTD, length: int = length) -> Tensor:
+                logits_V = head.decoder(torch.tensor([ids]), memory_BTD, torch.tensor([length]))[0, -1]
+                return logits_V[: head.tokenizer.end_id + 1].log_softmax(-1)
+
             while len(ids) - prompt < limit:
-                memory_BTD = output.memory_BTD[row : row + 1, :length]
-                logits_V = head.decoder(torch.tensor([ids]), memory_BTD, output.frames.lengths_B[row : row + 1])[0, -1]
-                token = int(logits_V[: head.tokenizer.end_id + 1].argmax())
+                token = int(chances(ids).argmax())
                 if token == head.tokenizer.end_id:
                     break
                 ids.append(token)
@@ -200,7 +239,10 @@ def test_greedy_search_equals_recomputing_everything(model: PretrainedModel, bat
                 if cut_loop(body):
                     ids[prompt:] = body
                     break
-            assert texts[row] == head.tokenizer.decode(ids[prompt:]).strip()
+            assert texts[row].text == head.tokenizer.decode(ids[prompt:]).strip()
+            tokens = [*ids[prompt:], head.tokenizer.end_id]
+            each = [float(chances(ids[: prompt + n])[token]) for n, token in enumerate(tokens)]
+            assert texts[row].log_prob == pytest.approx(sum(each) / len(each), abs=1e-4)
 
 
 @pytest.mark.parametrize(
