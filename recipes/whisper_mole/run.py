@@ -94,7 +94,7 @@ TESTS = {
 }
 TRAININGS = {
     "voices13": Training((), 2, 7e-5, tuple(TESTS)),
-    "prompts5": Training(("prompts-",), 3, 3e-5, ("prompts5", "unseen", "unseen over 2 s")),
+    "prompts5": Training(("prompts-",), 4, 3e-5, ("prompts5", "unseen", "unseen over 2 s")),
 }
 
 
