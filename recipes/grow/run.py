@@ -36,6 +36,8 @@ NEW_PIECES = 20
 """Of several letters, at most; letters that the others lack come first."""
 SHARES = {"en": 0.3, "cs": 0.5, "ru": 0.5}
 """Of the hours of the languages with most speech, so that the first training takes half an hour."""
+REMINDERS = 10
+"""Utterances of each old language, in the stage that hears some."""
 
 
 @dataclass(frozen=True)
@@ -73,33 +75,43 @@ class Growth:
         return path
 
     @property
+    def reminder(self) -> Path:
+        """The training utterances of the new language and a few of each old one; written where they are missing."""
+        path = self.folder / "train_reminded.jsonl"
+        if not path.exists():
+            tables = [Manifest(self.manifest("train", new)) for new in (True, False)]
+            new, old = ([table[row] for row in range(len(table))] for table in tables)
+            codes = dict.fromkeys(each.language for each in old)
+            few = [each for code in codes for each in [u for u in old if u.language == code][:REMINDERS]]
+            write_manifest([*new, *few], path)
+        return path
+
+    @property
     def relative(self) -> str | None:
         """The language of the same family with most speech among the others; None where there is none."""
         hours = hours_of(self.manifest("train", new=False))
         kin = [code for code in hours if family_of(code) == family_of(self.new)]
         return max(kin, key=hours.__getitem__, default=None)
 
-    def fit(self, name: str, new: bool, tokenizer: Path, *words: str) -> Path:
-        """Trains on the new language alone or on the others; the folder of the model."""
-        data = {split: f"--data.{split}_manifest={self.manifest(part, new)}" for split, part in _SPLITS.items()}
-        data["seed"] = f"--data.seed={self.seed}"
-        train(
-            self.folder / name,
-            [f"--config={HERE / 'base.yaml'}", *words, *data.values(), f"--data.tokenizer={tokenizer}", *self.words],
-        )
+    def fit(self, name: str, manifest: Path, tokenizer: Path, *words: str) -> Path:
+        """Trains on a manifest; the folder of the model. It is validated on the languages that are new, or old."""
+        data = {
+            "train_manifest": manifest,
+            "valid_manifest": self.manifest("dev", new=name != "before"),
+            "tokenizer": tokenizer,
+            "seed": self.seed,
+        }
+        options = [f"--data.{key}={value}" for key, value in data.items()]
+        train(self.folder / name, [f"--config={HERE / 'base.yaml'}", *words, *options, *self.words])
         return self.folder / name / "model"
-
-
-_SPLITS = {"train": "train", "valid": "dev"}
 
 
 def before(growth: Growth) -> Path:
     """The recogniser of the other languages."""
-    tokenizer = growth.folder / "tokenizer"
+    tokenizer, old = growth.folder / "tokenizer", growth.manifest("train", new=False)
     if not tokenizer.exists():
-        texts = growth.manifest("train", new=False)
-        train_tokenizer(texts, tokenizer, model_type="char", byte_fallback=False)
-    return growth.fit("before", False, tokenizer, f"--config={HERE / 'recogniser.yaml'}")
+        train_tokenizer(old, tokenizer, model_type="char", byte_fallback=False)
+    return growth.fit("before", old, tokenizer, f"--config={HERE / 'recogniser.yaml'}")
 
 
 def extended(growth: Growth, family: str | None = None) -> Path:
@@ -115,13 +127,19 @@ def extended(growth: Growth, family: str | None = None) -> Path:
     return wider
 
 
-def grown(growth: Growth, family: str | None = None) -> Path:
-    """After the training of what is new on the new language alone."""
+def grown(growth: Growth, family: str | None = None, reminded: bool = False) -> Path:
+    """After the training of what is new, on the new language alone or with a few utterances of the old ones."""
     wider = extended(growth, family)
     languages = ",".join(load_model(wider)[0].languages)
     words = (f"--model.init_from={wider}", "--model.freeze_old=true", f"--data.languages=[{languages}]")
-    name = "grown" + (f"_{family}" if family else "")
-    return growth.fit(name, True, growth.folder / "wider_tokenizer", *words)
+    name = "grown" + (f"_{family}" if family else "") + ("_reminded" if reminded else "")
+    manifest = growth.reminder if reminded else growth.manifest("train", new=True)
+    return growth.fit(name, manifest, growth.folder / "wider_tokenizer", *words)
+
+
+def reminded(growth: Growth) -> Path:
+    """As `grown`, with a few utterances of the old languages among the recordings."""
+    return grown(growth, reminded=True)
 
 
 def shared(growth: Growth) -> Path | None:
@@ -143,10 +161,11 @@ STAGES: dict[str, Callable[[Growth], Path | None]] = {
     "before": before,
     "extended": extended,
     "grown": grown,
+    "reminded": reminded,
     "shared": shared,
     "pruned": pruned,
 }
-KNOWS_NEW = ("grown", "shared")
+KNOWS_NEW = ("grown", "reminded", "shared")
 
 
 def hear(growth: Growth, stage: str, told: bool, model: Path) -> tuple[Path, Path]:
