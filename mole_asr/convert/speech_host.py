@@ -14,6 +14,7 @@ from mole_asr.asr.conformer import FeedForward
 from mole_asr.asr.losses import ctc_loss
 from mole_asr.asr.model import ModelOutput, MoleModel
 from mole_asr.asr.whisper import WhisperFeedForward
+from mole_asr.audio.features import valid_mask
 from mole_asr.convert.host import Counts, DensePart, Host, Prediction
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.dataset import LabelTable, SpeechDataset
@@ -127,7 +128,8 @@ class SpeechHost(Host):
             sums = {"errors": errors, "characters": characters, "nats": float(loss.detach()) * labels, "labels": labels}
             return Counts(characters - errors, characters, sums)
 
-        return Prediction(output.log_probs_BTV[output.frames.valid_BT], loss, {"": output.frames.valid_BT}, count)
+        said_BT = valid_mask(output.lengths_B, output.log_probs_BTV.shape[1])
+        return Prediction(output.log_probs_BTV[said_BT], loss, {"": output.frames.valid_BT}, count)
 
     def forward(self, batch: Batch) -> ModelOutput:
         """Runs the model alone."""
