@@ -3,7 +3,7 @@
 Shape letters: B batch, S samples, T frames, V vocabulary, N languages.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -271,12 +271,13 @@ class Transcriber:
             written = self._write(output, heard_B)
         log_probs_BTV, frames = output.log_probs_BTV.float().cpu(), output.lengths_B.tolist()
         log_probs = [log_probs_TV[:count] for log_probs_TV, count in zip(log_probs_BTV, frames, strict=True)]
+        said: Sequence[list[int] | str]
         if written is None:
             codes = [self.model.languages[language] for language in heard_B.tolist()]
-            spelled = self.decoder.decode([each_TV.numpy() for each_TV in log_probs], codes)
-            words = [self._align(*each) for each in zip(log_probs, spelled, strict=True)]
+            said = self.decoder.decode([each_TV.numpy() for each_TV in log_probs], codes)
         else:
-            words = [self._align(*each) for each in zip(log_probs, [each.text for each in written], strict=True)]
+            said = [each.text for each in written]
+        words = [self._align(*each) for each in zip(log_probs, said, strict=True)]
         scores = [0.0 if written is None else written[row].log_prob for row in range(len(batch))]
         facts = zip(words, output.reliability_B.tolist(), probabilities_BN.numpy(), scores, strict=True)
         return [_Heard(*each) for each in facts]
