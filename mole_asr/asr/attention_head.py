@@ -1,47 +1,27 @@
-"""Whisper's own text decoder as a second head beside the CTC: its training loss, and batched greedy search.
+"""Whisper's own text decoder as a second head beside the CTC: its training loss, and its batched beam search.
 
-Letters: B batch, T frames, U tokens, V vocabulary, D model width.
+Letters: B batch, T frames, U tokens, V vocabulary, D model width, R drafts of all utterances, C candidates of each.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mole_asr.asr.text_search import BEAM, TextSearch, Written
 from mole_asr.asr.whisper import WhisperConfig
-from mole_asr.asr.whisper_decoder import WhisperDecoder
+from mole_asr.asr.whisper_decoder import DecoderCache, WhisperDecoder
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 
 IGNORED = -100  # no loss there: the prompt and the padding
 # Whisper writes about 3 tokens a second in Latin script, 8 in others; 20 ms a frame.
 FRAMES_PER_TOKEN = 4
 SPARE_TOKENS = 10
-# Nobody says the same three times over, so many tokens in all; a decoder that has lost its place goes on for ever.
-LOOP_COPIES, LOOP_TOKENS = 3, 8
-
-
-class Written(NamedTuple):
-    """A text, and the mean logarithm of the probability of its tokens, the end sign's too."""
-
-    text: str
-    log_prob: float
-
-
-def cut_loop(ids: list[int]) -> bool:
-    """Whether a text ends in a loop: the same tokens at least three times, eight tokens in all; leaves one copy.
-
-    Args:
-        ids: tokens; those of the other copies are removed.
-    """
-    for period in range(1, len(ids) // LOOP_COPIES + 1):
-        copies = max(LOOP_COPIES, -(-LOOP_TOKENS // period))
-        if copies * period <= len(ids) and ids[-period:] * copies == ids[-copies * period :]:
-            del ids[-(copies - 1) * period :]
-            return True
-    return False
+# Drafts that are written at once: their scores of all tokens take 50 MB.
+MAX_DRAFTS = 256
 
 
 class AttentionHead(nn.Module):
@@ -114,82 +94,64 @@ class AttentionHead(nn.Module):
         return functional.cross_entropy(logits_NV, targets_BU.to(device)[wanted_BU], label_smoothing=smoothing)
 
     @torch.no_grad()
-    def greedy(self, memory_BTD: Tensor, lengths_B: Tensor, languages_B: Tensor) -> list[Written]:
-        """The text of each utterance: the likeliest token again and again, all utterances at once.
+    def write(self, memory_BTD: Tensor, lengths_B: Tensor, languages_B: Tensor, beam: int = BEAM) -> list[Written]:
+        """The text of each utterance: a beam search (`TextSearch`), all utterances at once.
 
-        An utterance that has ended leaves the batch. It ends, too, where it repeats itself (`cut_loop`), and at the
-        latest after as many tokens as nobody speaks in its time.
+        A text has at most as many tokens as anybody speaks in its time.
 
         Args:
             memory_BTD: what the encoder gives.
             lengths_B: int64, its valid frames.
             languages_B: int64, index into the model's languages.
+            beam: drafts of an utterance that go on together; 1 is greedy.
         """
         limits = (lengths_B // FRAMES_PER_TOKEN + SPARE_TOKENS).clamp(max=self.max_tokens - 4).tolist()
+        searches = [TextSearch(beam, limit, self.tokenizer.end_id) for limit in limits]
         # Prompts with and without a language differ in length.
         by_length: dict[int, list[int]] = {}
         prompts = self._prompts(languages_B)
         for row, prompt in enumerate(prompts):
             by_length.setdefault(len(prompt), []).append(row)
-        drafts = [_Draft(limit) for limit in limits]
-        for rows in by_length.values():
-            self._greedy_rows(memory_BTD, lengths_B, rows, prompts, drafts)
-        return [Written(self.tokenizer.decode(draft.ids).strip(), draft.log_prob) for draft in drafts]
+        count = max(1, MAX_DRAFTS // beam)
+        for alike in by_length.values():
+            for first in range(0, len(alike), count):
+                rows = alike[first : first + count]
+                cache = self.decoder.cross_cache(memory_BTD[rows], lengths_B[rows])
+                self._search([searches[row] for row in rows], [prompts[row] for row in rows], cache)
+        best = [search.best for search in searches]
+        return [Written(self.tokenizer.decode(draft.ids).strip(), draft.mean_log_prob) for draft in best]
 
-    def _greedy_rows(
-        self, memory_BTD: Tensor, lengths_B: Tensor, rows: list[int], prompts: list[list[int]], drafts: list["_Draft"]
-    ) -> None:
-        """Writes the drafts of `rows`."""
-        device, end = memory_BTD.device, self.tokenizer.end_id
-        cache = self.decoder.cross_cache(memory_BTD[rows], lengths_B[rows])
-        logits_BV = self.decoder.read(torch.tensor([prompts[row] for row in rows], device=device), cache)
-        while rows:
+    def _search(self, searches: list[TextSearch], prompts: list[list[int]], cache: DecoderCache) -> None:
+        """Goes on with all searches to their ends."""
+        device = cache.bias_G1T.device
+        read_RU = prompts
+        while searches:
             # The tokens behind the end sign are signs of languages, tasks and times: no text.
-            logits_BV = logits_BV[:, : end + 1]
-            best_B, next_B = logits_BV.max(-1)
-            total_B = logits_BV.logsumexp(-1)
-            chances = (best_B - total_B).tolist(), (logits_BV[:, end] - total_B).tolist()
-            steps = enumerate(zip(rows, next_B.tolist(), *chances, strict=True))
-            going = [place for place, (row, token, *chance) in steps if drafts[row].add(token, token == end, *chance)]
-            if not going:
-                return
-            if len(going) < len(rows):
-                cache = cache.select(torch.tensor(going, device=device))
-                rows = [rows[place] for place in going]
-            last_B1 = torch.tensor([[drafts[row].ids[-1]] for row in rows], device=device)
-            logits_BV = self.decoder.read(last_B1, cache)
+            logits_RV = self.decoder.read(torch.tensor(read_RU, device=device), cache)[:, : self.tokenizer.end_id + 1]
+            total_R1 = logits_RV.logsumexp(-1, keepdim=True)
+            best_RC, tokens_RC = logits_RV.topk(min(2 * searches[0].beam, logits_RV.shape[1]))
+            rows = zip(
+                tokens_RC.tolist(),
+                (best_RC - total_R1).tolist(),
+                (logits_RV[:, -1:] - total_R1).flatten().tolist(),
+                strict=True,
+            )
+            going, parents, first = list[int](), list[int](), 0
+            for place, search in enumerate(searches):
+                count = len(search.drafts)
+                kept = search.step(*zip(*islice(rows, count), strict=True))
+                if kept:
+                    going.append(place)
+                    parents += [first + each for each in kept]
+                first += count
+            if parents != list(range(first)):
+                cache = cache.select(
+                    torch.tensor(parents, dtype=torch.long, device=device),
+                    None if len(going) == len(searches) else torch.tensor(going, dtype=torch.long, device=device),
+                )
+            searches = [searches[place] for place in going]
+            read_RU = [draft.ids[-1:] for search in searches for draft in search.drafts]
 
     def _prompts(self, languages_B: Tensor) -> list[list[int]]:
         without = self.tokenizer.prompt(None)
         return [self.prompts[language] if language >= 0 else without for language in languages_B.tolist()]
-
-
-class _Draft:
-    """A text that is being written.
-
-    Args:
-        limit: of its tokens.
-
-    Attributes:
-        ids: its tokens.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.ids = limit, list[int]()
-        self._log_probs: list[float] = []  # of each token
-        self._end_log_probs: list[float] = []  # of the end sign, in place of each token and behind the last
-
-    def add(self, token: int, is_end: bool, log_prob: float, end_log_prob: float) -> bool:
-        """Takes the likeliest token; False where the text ends."""
-        self._end_log_probs.append(end_log_prob)
-        if is_end or len(self.ids) == self.limit:
-            return False
-        self.ids.append(token)
-        self._log_probs.append(log_prob)
-        return not cut_loop(self.ids)
-
-    @property
-    def log_prob(self) -> float:
-        """Mean over the tokens and the end sign behind them."""
-        count = len(self.ids)
-        return (sum(self._log_probs[:count]) + self._end_log_probs[count]) / (count + 1)

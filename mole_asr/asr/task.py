@@ -182,7 +182,7 @@ class MoleTask(ResumableTask):
         head, written = self.model.attention_head, spelled
         if head is not None and output.memory_BTD is not None:
             heard_B = output.language_logits_BN.argmax(1)
-            written = [each.text for each in head.greedy(output.memory_BTD, output.frames.lengths_B, heard_B)]
+            written = [each.text for each in head.write(output.memory_BTD, output.frames.lengths_B, heard_B, beam=1)]
         texts = zip(written, spelled, batch.texts, batch.languages_B.tolist(), strict=True)
         for hypothesis, by_ctc, text, language in texts:
             if language < 0:  # stands in for a batch with no readable file

@@ -1,7 +1,7 @@
 """Whisper's text decoder (Radford et al., 2022): a Transformer that attends to the valid frames of the encoder.
 
 Letters: B batch, U tokens, T encoder frames, D model width, H heads, G = B x H, W width of a head (D / H),
-V vocabulary, L blocks, P places in a cache.
+V vocabulary, L blocks, P places in a cache, R drafts of all utterances (a draft for each in training), S = R x H.
 """
 
 from collections.abc import Iterator
@@ -29,12 +29,14 @@ CACHE_BLOCK = 32  # places that a cache grows by
 
 @dataclass
 class DecoderCache:
-    """Keys and values of a batch that is being decoded; every row has read the same number of tokens.
+    """Keys and values of a batch that is being decoded; every draft has read the same number of tokens.
+
+    Each utterance has the same number of drafts, one behind the other; they share its encoder frames.
 
     Attributes:
         num_heads: H.
         length: tokens read.
-        self_LGPW: keys and values of the tokens read, a pair a block, with room for more (in float32, or bfloat16
+        self_LSPW: keys and values of the tokens read, a pair a block, with room for more (in float32, or bfloat16
             under its autocast).
         cross_LGTW: keys and values of the encoder's frames, a pair a block.
         bias_G1T: MASKED at padded encoder frames.
@@ -42,40 +44,47 @@ class DecoderCache:
 
     num_heads: int
     length: int
-    self_LGPW: list[tuple[Tensor, Tensor]]
+    self_LSPW: list[tuple[Tensor, Tensor]]
     cross_LGTW: list[tuple[Tensor, Tensor]]
     bias_G1T: Tensor
 
-    def select(self, rows: Tensor) -> "DecoderCache":
-        """The cache of some rows of the batch (int64 indices): drops finished rows, or reorders beams."""
-        head_H = torch.arange(self.num_heads, device=rows.device)
-        index_G = (rows[:, None] * self.num_heads + head_H).flatten()
-        return DecoderCache(
-            self.num_heads,
-            self.length,
-            [(key[index_G], value[index_G]) for key, value in self.self_LGPW],
-            [(key[index_G], value[index_G]) for key, value in self.cross_LGTW],
-            self.bias_G1T[index_G],
-        )
+    def select(self, drafts: Tensor, utterances: Tensor | None = None) -> "DecoderCache":
+        """The cache of some of the drafts (int64 indices), in a new order or several times, or without the finished.
+
+        Args:
+            drafts: of the utterances that are left.
+            utterances: those that are left; None: all.
+        """
+        chosen = DecoderCache(self.num_heads, self.length, self.self_LSPW, self.cross_LGTW, self.bias_G1T)
+        index_S = self._heads_of(drafts)
+        chosen.self_LSPW = [(key[index_S], value[index_S]) for key, value in self.self_LSPW]
+        if utterances is not None:
+            index_G = self._heads_of(utterances)
+            chosen.cross_LGTW = [(key[index_G], value[index_G]) for key, value in self.cross_LGTW]
+            chosen.bias_G1T = self.bias_G1T[index_G]
+        return chosen
+
+    def _heads_of(self, rows: Tensor) -> Tensor:
+        return (rows[:, None] * self.num_heads + torch.arange(self.num_heads, device=rows.device)).flatten()
 
     def places(self, num_tokens: int) -> int:
         """P, room for the tokens read and so many new ones."""
         return -(-(self.length + num_tokens) // CACHE_BLOCK) * CACHE_BLOCK
 
-    def append(self, block: int, key_GUW: Tensor, value_GUW: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, block: int, key_SUW: Tensor, value_SUW: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the keys and values of new tokens (behind `length`); returns all places, those behind are zero.
 
         Products with a part of the places would copy that part first; whole, and masked, they do not.
         """
-        end = self.length + key_GUW.shape[1]
-        key_GPW, value_GPW = self.self_LGPW[block] if self.length else (key_GUW[:, :0], value_GUW[:, :0])
-        room = self.places(key_GUW.shape[1]) - key_GPW.shape[1]
+        end = self.length + key_SUW.shape[1]
+        key_SPW, value_SPW = self.self_LSPW[block] if self.length else (key_SUW[:, :0], value_SUW[:, :0])
+        room = self.places(key_SUW.shape[1]) - key_SPW.shape[1]
         if room:
-            key_GPW, value_GPW = (functional.pad(part, (0, 0, 0, room)) for part in (key_GPW, value_GPW))
-            self.self_LGPW[block] = (key_GPW, value_GPW)
-        key_GPW[:, self.length : end] = key_GUW
-        value_GPW[:, self.length : end] = value_GUW
-        return key_GPW, value_GPW
+            key_SPW, value_SPW = (functional.pad(part, (0, 0, 0, room)) for part in (key_SPW, value_SPW))
+            self.self_LSPW[block] = (key_SPW, value_SPW)
+        key_SPW[:, self.length : end] = key_SUW
+        value_SPW[:, self.length : end] = value_SUW
+        return key_SPW, value_SPW
 
 
 class CrossAttention(nn.Module):
@@ -116,16 +125,18 @@ class DecoderBlock(nn.Module):
         x_BUD = x_BUD + self.cross_attention(x_BUD, *self.cross_attention.keys_values(memory_BTD), bias_G1T)
         return x_BUD + self.feed_forward(x_BUD)
 
-    def read(self, x_BUD: Tensor, bias_1UP: Tensor, cache: DecoderCache, block: int) -> Tensor:
+    def read(self, x_RUD: Tensor, bias_1UP: Tensor, cache: DecoderCache, block: int) -> Tensor:
         """Transforms the next tokens, with the cache of block number `block`."""
         H = cache.num_heads
-        query_GUW, key_GUW, value_GUW = split_heads(self.attention.query_key_value(self.attention.norm(x_BUD)), 3, H)
-        key_GPW, value_GPW = cache.append(block, key_GUW, value_GUW)
-        bias_GUP = bias_1UP.expand(len(query_GUW), -1, -1)
-        mixed_BUD = merge_heads(attend(query_GUW, key_GPW, value_GPW, bias_GUP), H)
-        x_BUD = x_BUD + self.attention.output(mixed_BUD)
-        x_BUD = x_BUD + self.cross_attention(x_BUD, *cache.cross_LGTW[block], cache.bias_G1T)
-        return x_BUD + self.feed_forward(x_BUD)
+        query_SUW, key_SUW, value_SUW = split_heads(self.attention.query_key_value(self.attention.norm(x_RUD)), 3, H)
+        key_SPW, value_SPW = cache.append(block, key_SUW, value_SUW)
+        bias_SUP = bias_1UP.expand(len(query_SUW), -1, -1)
+        mixed_RUD = merge_heads(attend(query_SUW, key_SPW, value_SPW, bias_SUP), H)
+        x_RUD = x_RUD + self.attention.output(mixed_RUD)
+        # To the frames, the drafts of an utterance are but more tokens: its keys and values need no copies.
+        x_BUD = x_RUD.reshape(len(cache.bias_G1T) // H, -1, x_RUD.shape[2])
+        x_RUD = x_RUD + self.cross_attention(x_BUD, *cache.cross_LGTW[block], cache.bias_G1T).view_as(x_RUD)
+        return x_RUD + self.feed_forward(x_RUD)
 
 
 class WhisperDecoder(nn.Module):
@@ -177,26 +188,22 @@ class WhisperDecoder(nn.Module):
         empty = memory_BTD.new_empty(0)
         return DecoderCache(self.config.decoder_heads, 0, [(empty, empty)] * len(cross), cross, bias_G1T)
 
-    def read(self, tokens_BU: Tensor, cache: DecoderCache) -> Tensor:
-        """Reads the next tokens of all rows, such as a prompt, into the cache.
+    def read(self, tokens_RU: Tensor, cache: DecoderCache) -> Tensor:
+        """Reads the next tokens of all drafts, such as a prompt, into the cache.
 
         Returns:
-            logits_BV, float32, of the token after the last.
+            logits_RV, float32, of the token after the last.
 
         Raises:
             MoleError: more tokens than positions.
         """
-        x_BUD = self._embed(tokens_BU, cache.length)
-        num_tokens = tokens_BU.shape[1]
-        bias_1UP = self._causal(num_tokens, cache.length, cache.places(num_tokens), x_BUD)
+        x_RUD = self._embed(tokens_RU, cache.length)
+        num_tokens = tokens_RU.shape[1]
+        bias_1UP = self._causal(num_tokens, cache.length, cache.places(num_tokens), x_RUD)
         for i, block in enumerate(self._blocks()):
-            x_BUD = block.read(x_BUD, bias_1UP, cache, i)
+            x_RUD = block.read(x_RUD, bias_1UP, cache, i)
         cache.length += num_tokens
-        return self.logits(x_BUD[:, -1])
-
-    def step(self, token_B: Tensor, cache: DecoderCache) -> Tensor:
-        """Reads one token of each row: logits_BV, float32, of the next."""
-        return self.read(token_B[:, None], cache)
+        return self.logits(x_RUD[:, -1])
 
     def _blocks(self) -> Iterator[DecoderBlock]:
         for block in self.blocks:

@@ -80,8 +80,9 @@ def transcribe(
         output: folder for the results. Left out, texts are only printed, and other formats and manifests go to the
             current folder.
         batch_seconds: seconds of sound that are recognised at once; less needs less memory.
-        beam: prefixes that the search with the n-grams of the training texts keeps (default: `decode.beam.BEAM`); 0
-            decodes greedily, faster and by the sound alone. For the CTC head.
+        beam: texts that the search keeps. Of the CTC head: prefixes, with the n-grams of the training texts (default:
+            `decode.beam.BEAM`); 0 decodes greedily, faster and by the sound alone. Of the attention head: drafts
+            (default: `asr.text_search.BEAM`); 0 or 1 decodes greedily.
         head: which head of the model writes, where it has two: attention (the default) or ctc, which is faster.
         precision: 32-true, or bf16-mixed, which is faster where the processor has bfloat16 products.
         lm: folder of a language model (`mole-asr fit --config conf/text/...`) that helps the CTC head.
@@ -112,7 +113,7 @@ def transcribe(
         raise MoleError("--lm-weight, --lm-mode: of which language model? give --lm FOLDER too")
     transcriber = load(model)
     if beam is not None:
-        transcriber.decoder.beam = beam
+        transcriber.decoder.beam, transcriber.text_beam = beam, max(1, beam)
     transcriber.precision = precision
     if head is not None:
         transcriber.choose_head(head)

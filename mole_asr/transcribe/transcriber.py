@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mole_asr.asr.generations import contemporaries
+from mole_asr.asr.text_search import BEAM
 from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
 from mole_asr.audio.segment import MAX_SECONDS, speech_segments
 from mole_asr.corpus.normalize import normalize
@@ -25,9 +26,9 @@ from mole_asr.errors import MoleError
 from mole_asr.transcribe.transcript import Segment, Transcript
 
 if TYPE_CHECKING:
-    from mole_asr.asr.attention_head import Written
     from mole_asr.asr.checkpoint import Recogniser
     from mole_asr.asr.model import ModelOutput
+    from mole_asr.asr.text_search import Written
     from mole_asr.corpus.manifest import Utterance
 
 Input: TypeAlias = Union[str, Path, np.ndarray, "Utterance"]
@@ -114,6 +115,7 @@ class Transcriber:
         tokenizer: its text tokenizer.
         max_seconds: recordings longer than this are cut at their pauses.
         decoder: of the CTC head: its n-grams, its beam, its weights.
+        text_beam: drafts that the text decoder keeps; 1 is greedy.
         head: "attention" writes with the text decoder of a model that has one, "ctc" with the CTC head alone.
         precision: "32-true", or "bf16-mixed": faster where the processor has bfloat16 products.
         failures: (id, reason) of each input of the last call that could not be read and was skipped.
@@ -132,6 +134,7 @@ class Transcriber:
         self.device = torch.device(device)
         self.max_seconds = max_seconds
         self.decoder = CtcDecoder(tokenizer, ngrams or {})
+        self.text_beam = BEAM
         self.head: Head = "ctc" if model.attention_head is None else "attention"
         self.precision: Precision = "32-true"
         self.failures: list[tuple[str, str]] = []
@@ -287,7 +290,7 @@ class Transcriber:
         head = self.model.attention_head
         if self.head == "ctc" or head is None or output.memory_BTD is None:
             return None
-        written = head.greedy(output.memory_BTD, output.frames.lengths_B, languages_B)
+        written = head.write(output.memory_BTD, output.frames.lengths_B, languages_B, self.text_beam)
         codes = [self.model.languages[language] for language in languages_B.tolist()]
         return [each._replace(text=normalize(each.text, code)) for each, code in zip(written, codes, strict=True)]
 

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional
 
-from mole_asr.asr.attention_head import cut_loop
+from mole_asr.asr import attention_head
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.fine_tuning import FineTuning, choose_trained, fine_tuning_optimizer
 from mole_asr.asr.losses import losses
@@ -26,6 +26,7 @@ from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
 from mole_asr.transcribe import transcriber
 from mole_asr.transcribe.transcriber import Transcriber
+from tests.asr.test_text_search import search
 
 from .conftest import LANGUAGES
 
@@ -91,7 +92,7 @@ def test_a_saved_model_gives_the_same_output(
         first, second = (m.eval()(batch.audio_BS, batch.audio_lengths_B) for m in (model, again))
         assert torch.equal(first.log_probs_BTV, second.log_probs_BTV)
         written = [
-            m.attention_head.greedy(o.memory_BTD, o.frames.lengths_B, batch.languages_B)
+            m.attention_head.write(o.memory_BTD, o.frames.lengths_B, batch.languages_B)
             for m, o in ((model, first), (again, second))
             if m.attention_head is not None and o.memory_BTD is not None
         ]
@@ -178,7 +179,7 @@ def test_where_the_language_is_unsure_the_likeliest_text_tells_it(
         for n, code in enumerate(LANGUAGES):
             with torch.no_grad():
                 told = model(audio_S[None, :length], torch.tensor([length]), torch.tensor([n]))
-                (written,) = head.greedy(told.memory_BTD, told.frames.lengths_B, torch.tensor([n]))
+                (written,) = head.write(told.memory_BTD, told.frames.lengths_B, torch.tensor([n]))
             scores[code] = math.log(first.language_probabilities[code]) + weight * written.log_prob
         best = max(scores, key=scores.__getitem__)
         (told_best,) = listener.transcribe(wave, language=best)
@@ -210,7 +211,8 @@ def test_attention_loss_is_the_cross_entropy_of_each_text(model: PretrainedModel
         assert attention_loss(model, batch, smoothing=0.0).item() == pytest.approx(total / count, rel=1e-4)
 
 
-def test_greedy_search_equals_recomputing_everything(model: PretrainedModel, batch: Batch) -> None:
+@pytest.mark.parametrize("beam", [1, 3])
+def test_search_equals_recomputing_everything(model: PretrainedModel, batch: Batch, beam: int) -> None:
     model.eval()
     head = model.attention_head
     assert head is not None
@@ -218,51 +220,34 @@ def test_greedy_search_equals_recomputing_everything(model: PretrainedModel, bat
         output = model(batch.audio_BS, batch.audio_lengths_B)
         assert output.memory_BTD is not None
         languages_B = torch.tensor([0, 2, 1, -1])  # "none" has a shorter prompt
-        texts = head.greedy(output.memory_BTD, output.frames.lengths_B, languages_B)
+        texts = head.write(output.memory_BTD, output.frames.lengths_B, languages_B, beam)
         for row, language in enumerate(languages_B.tolist()):
             length = int(output.frames.lengths_B[row])
-            ids = list(head.prompts[language]) if language >= 0 else head.tokenizer.prompt(None)
-            prompt = len(ids)
-            limit = length // 4 + 10
+            prompt = list(head.prompts[language]) if language >= 0 else head.tokenizer.prompt(None)
             memory_BTD = output.memory_BTD[row : row + 1, :length]
 
-            def chances(ids: list[int], memory_BTD: Tensor = memory_BTD, length: int = length) -> Tensor:
-                logits_V = head.decoder(torch.tensor([ids]), memory_BTD, torch.tensor([length]))[0, -1]
-                return logits_V[: head.tokenizer.end_id + 1].log_softmax(-1)
+            def chances(
+                ids: list[int], prompt: list[int] = prompt, memory_BTD: Tensor = memory_BTD, length: int = length
+            ) -> list[float]:
+                logits_V = head.decoder(torch.tensor([prompt + ids]), memory_BTD, torch.tensor([length]))[0, -1]
+                return logits_V[: head.tokenizer.end_id + 1].log_softmax(-1).tolist()
 
-            while len(ids) - prompt < limit:
-                token = int(chances(ids).argmax())
-                if token == head.tokenizer.end_id:
-                    break
-                ids.append(token)
-                body = ids[prompt:]
-                if cut_loop(body):
-                    ids[prompt:] = body
-                    break
-            assert texts[row].text == head.tokenizer.decode(ids[prompt:]).strip()
-            tokens = [*ids[prompt:], head.tokenizer.end_id]
-            each = [float(chances(ids[: prompt + n])[token]) for n, token in enumerate(tokens)]
-            assert texts[row].log_prob == pytest.approx(sum(each) / len(each), abs=1e-4)
+            ids, mean = search(chances, beam, length // 4 + 10, head.tokenizer.end_id)
+            assert texts[row].text == head.tokenizer.decode(ids).strip()
+            assert texts[row].log_prob == pytest.approx(mean, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("ids", "left"),
-    [
-        ("abcabcabc", "abc"),  # three copies, nine tokens
-        ("xyabcabcabc", "xyabc"),
-        ("ababab", None),  # six tokens: somebody may say that
-        ("abababab", "ab"),
-        ("aaaaaaa", None),
-        ("aaaaaaaa", "a"),
-        ("abcabcab", None),
-        ("abcabcabcx", None),  # it has ended
-        ("", None),
-    ],
-)
-def test_a_loop_ends_the_text(ids: str, left: str | None) -> None:
-    numbers = [ord(letter) for letter in ids]
-    assert cut_loop(numbers) == (left is not None)
-    assert "".join(map(chr, numbers)) == (ids if left is None else left)
+def test_no_more_drafts_at_once_than_memory_allows(
+    model: PretrainedModel, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = model.eval().attention_head
+    assert head is not None
+    with torch.inference_mode():
+        output = model(batch.audio_BS, batch.audio_lengths_B)
+        inputs = output.memory_BTD, output.frames.lengths_B, batch.languages_B
+        together = head.write(*inputs, beam=2)
+        monkeypatch.setattr(attention_head, "MAX_DRAFTS", 3)
+        assert [each.text for each in head.write(*inputs, beam=2)] == [each.text for each in together]
 
 
 def test_stages_and_frozen_parts(model: PretrainedModel, batch: Batch) -> None:

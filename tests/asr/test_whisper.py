@@ -96,7 +96,7 @@ def test_greedy_text_equals_transformers(parts: Parts, whisper_model: WhisperFor
             # Random weights say one word over and over: each may come once.
             ours.append(int(logits_BV[0].index_fill(0, torch.tensor(ours), -1e9).argmax()))
             theirs.append(int(expected[0, -1].index_fill(0, torch.tensor(theirs), -1e9).argmax()))
-            logits_BV = decoder.step(torch.tensor(ours[-1:]), cache)
+            logits_BV = decoder.read(torch.tensor([ours[-1:]]), cache)
     assert ours == theirs
 
 
@@ -146,8 +146,8 @@ def test_decoding_with_a_cache_equals_recomputation(parts: Parts, steps: int) ->
         for place in range(4, 4 + steps):
             if place == 6:  # the second utterance has ended, and the others change places
                 rows = torch.tensor([2, 0])
-                cache = cache.select(rows)
-            found_BV = decoder.step(tokens_BU[rows, place], cache)
+                cache = cache.select(rows, rows)
+            found_BV = decoder.read(tokens_BU[rows, place, None], cache)
             torch.testing.assert_close(found_BV, expected_BUV[rows, place], atol=1e-5, rtol=0)
     assert cache.length == 4 + steps
 
