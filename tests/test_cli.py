@@ -341,7 +341,7 @@ def test_prepare_folder_with_a_broken_recording(
     status, out, err = run(capsys, *words)
     assert status == 1 and "broken.wav" in out + err and "Traceback" not in err
     manifests = [Manifest(tmp_path / "out" / f"cuts_{split}.jsonl") for split in ("train", "dev", "test")]
-    texts = [manifest[row].text for manifest in manifests for row in range(len(manifest))]
+    texts = [utterance.text for manifest in manifests for utterance in manifest]
     assert texts == ["abba cab", "abba cab"]
 
 

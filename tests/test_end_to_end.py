@@ -56,7 +56,7 @@ def run_anew(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 def pick(manifest: Manifest) -> Iterable[Utterance]:
     """Four short prompts a language."""
-    utterances = sorted((manifest[row] for row in range(len(manifest))), key=lambda utterance: utterance.id)
+    utterances = sorted(manifest, key=lambda utterance: utterance.id)
     for language in LANGUAGES:
         short = [
             u for u in utterances if u.language == language and 0.8 < u.duration_s < 1.8 and 5 <= len(u.text) <= 20

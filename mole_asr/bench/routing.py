@@ -91,8 +91,7 @@ def _count(recogniser: "Recogniser", manifest: "Manifest") -> RoutingLoads:
     loads_LE = {unit: torch.zeros(len(recogniser.languages), len(experts)) for unit in UNITS}
     reliability = dict.fromkeys(UNITS, 0.0)
     failures = []
-    for row in range(len(manifest)):
-        utterance = manifest[row]
+    for utterance in manifest:
         if utterance.language not in recogniser.languages:
             continue
         try:

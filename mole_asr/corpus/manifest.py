@@ -6,7 +6,7 @@ cuts of lhotse's corpus recipes. Nothing here imports lhotse, which takes second
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,9 @@ class Manifest:
         start, end = int(self._offsets[row]), int(self._offsets[row + 1])
         # pread keeps no position, so threads cannot disturb each other.
         return self._parse(os.pread(self._descriptor[1], end - start, start), row)
+
+    def __iter__(self) -> Iterator[Utterance]:
+        return (self[row] for row in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_descriptor": None}

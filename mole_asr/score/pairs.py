@@ -147,9 +147,7 @@ def _parse(path: Path, number: int, line: str) -> dict:
 
 
 def _read_manifest(path: Path) -> Iterator[Sentence]:
-    manifest = Manifest(path)
-    for row in range(len(manifest)):
-        utterance = manifest[row]
+    for utterance in Manifest(path):
         yield Sentence(
             utterance.id, utterance.text, utterance.language or None, utterance.speaker, utterance.duration_s
         )

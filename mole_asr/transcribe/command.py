@@ -165,10 +165,9 @@ def _transcribe_manifest(
     transcriber: "Transcriber", manifest: "Manifest", path: Path, language: str | None, batch_seconds: float
 ) -> TranscribeResult:
     """Writes one line an utterance to `path`, and the time it took beside it."""
-    utterances = (manifest[row] for row in range(len(manifest)))
     result = TranscribeResult()
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for transcript in _run(transcriber, utterances, language, batch_seconds, result):
+        for transcript in _run(transcriber, manifest, language, batch_seconds, result):
             file.write(json.dumps(transcript.to_dict(), ensure_ascii=False) + "\n")
     stats = {"audio_s": result.audio_s, "seconds": result.seconds, "real_time_factor": result.real_time_factor}
     write_text(path.with_suffix(".stats.json"), json.dumps({k: round(v, 4) for k, v in stats.items()}) + "\n")

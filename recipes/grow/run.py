@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from itertools import chain
 from pathlib import Path
 
 from mole_asr.asr.checkpoint import load_model
@@ -65,11 +66,10 @@ class Growth:
             table = Manifest(self.data / f"cuts_{split}.jsonl")
             if self.new not in table.languages:
                 raise MoleError(f"--new {self.new}: {self.data} has {', '.join(table.languages)}")
-            utterances = (table[row] for row in range(len(table)))
             shares = {code: share for code, share in SHARES.items() if code in table.languages and code != self.new}
             thinned = split == "train" and not new
             whole = self.folder / "train_whole.jsonl" if thinned else path
-            write_manifest((u for u in utterances if (u.language == self.new) == new), whole)
+            write_manifest((u for u in table if (u.language == self.new) == new), whole)
             if thinned:
                 thin(whole, path, shares)
         return path
@@ -79,8 +79,7 @@ class Growth:
         """The training utterances of the new language and a few of each old one; written where they are missing."""
         path = self.folder / "train_reminded.jsonl"
         if not path.exists():
-            tables = [Manifest(self.manifest("train", new)) for new in (True, False)]
-            new, old = ([table[row] for row in range(len(table))] for table in tables)
+            new, old = (list(Manifest(self.manifest("train", new))) for new in (True, False))
             codes = dict.fromkeys(each.language for each in old)
             few = [each for code in codes for each in [u for u in old if u.language == code][:REMINDERS]]
             write_manifest([*new, *few], path)
@@ -178,7 +177,7 @@ def hear(growth: Growth, stage: str, told: bool, model: Path) -> tuple[Path, Pat
     test = growth.folder / ("test_old.jsonl" if len(parts) == 1 else "test.jsonl")
     if not test.exists():
         tables = [Manifest(growth.manifest("test", new)) for new in parts]
-        write_manifest((table[row] for table in tables for row in range(len(table))), test)
+        write_manifest(chain.from_iterable(tables), test)
     output = growth.folder / "heard" / f"{stage}-{'told' if told else 'untold'}"
     if not (output / test.name).exists():
         if told:
@@ -213,11 +212,11 @@ def compare(old: Path, new: Path, growth: Growth) -> dict[str, Row]:
         Language -> `utterances`; `changed`: those with another text, confidence, time of a word or reliability;
         `heard_as_new`: those that the new model heard in the new language.
     """
-    table, counts = Manifest(growth.manifest("test", new=False)), dict[str, Row]()
+    counts = dict[str, Row]()
     lines = [
         {line["id"]: line for line in map(json.loads, path.read_text("utf-8").splitlines())} for path in (old, new)
     ]
-    for utterance in (table[row] for row in range(len(table))):
+    for utterance in Manifest(growth.manifest("test", new=False)):
         before, after = (found[utterance.id] for found in lines)
         row = counts.setdefault(utterance.language, dict.fromkeys(("utterances", "changed", "heard_as_new"), 0))
         row["utterances"] += 1

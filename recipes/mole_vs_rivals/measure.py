@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,7 @@ def gather(test_set: TestSet, data: Path, output: Path) -> bool:
     paths = [data / name for name in test_set.manifests]
     if not all(path.exists() for path in paths):
         return False
-    tables = [Manifest(path) for path in paths]
-    chosen = (table[row] for table in tables for row in range(len(table)))
+    chosen = chain.from_iterable(Manifest(path) for path in paths)
     write_manifest((u for u in chosen if not test_set.prefixes or u.id.startswith(test_set.prefixes)), output)
     if test_set.share < 1:
         thin(output, output, dict.fromkeys(Manifest(output).languages, test_set.share))

@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import dataclass
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _make_train_manifest(setting: Setting, corpus: Path) -> None:
         raise MoleError(f"{setting.data / voices}: no such manifest; make it with `{verb}`")
     thin(corpus / "cuts_train.jsonl", real, setting.condition.shares)
     tables = [Manifest(real), *([Manifest(setting.data / voices)] if voices is not None else [])]
-    write_manifest((table[row] for table in tables for row in range(len(table))), setting.train_manifest)
+    write_manifest(chain.from_iterable(tables), setting.train_manifest)
 
 
 def run(setting: Setting, results: Results, source: str | None) -> None:

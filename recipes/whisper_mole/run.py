@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mole_asr.bench.whisper import whisper
-from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
+from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.subset import hours_of
 from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.data_prep import voices13
@@ -113,16 +113,10 @@ class Places:
         return self.runs / "tests" / f"{name.replace(' ', '_')}.jsonl"
 
 
-def utterances_of(manifest: Path) -> list[Utterance]:
-    """All of a manifest."""
-    table = Manifest(manifest)
-    return [table[row] for row in range(len(table))]
-
-
 def select(manifest: Path, output: Path, part: Part) -> Path:
     """Writes some of a manifest's utterances; keeps what is there."""
     if not output.exists():
-        chosen = [each for each in utterances_of(manifest) if each.id.startswith(part.sources or "")]
+        chosen = [each for each in Manifest(manifest) if each.id.startswith(part.sources or "")]
         write_manifest(chosen[:: part.every], output)
     return output
 
@@ -142,7 +136,7 @@ def prepare(places: Places, source: str | None) -> None:
         select(places.data / f"cuts_{part.split}.jsonl", places.test(name), part)
     for name, test in TESTS.items():
         if not places.test(name).exists():
-            chosen = [each for part in test.parts for each in utterances_of(places.test(part))]
+            chosen = [each for part in test.parts for each in Manifest(places.test(part))]
             write_manifest((each for each in chosen if each.duration_s >= test.min_seconds), places.test(name))
 
 
@@ -173,8 +167,9 @@ def hear(system: str, test: Path, output: Path, places: Places) -> TranscribeRes
         return whisper(str(test), str(output), model=places.whisper, compute_type=kind, language=told)
     name, chosen, *given = system.split("-")
     head: Any = chosen
-    options: dict[str, Any] = {"model": str(places.runs / name / "model"), "head": head, "beam": 0}
-    options["precision"] = "bf16-mixed"
+    options: dict[str, Any] = {"model": str(places.runs / name / "model"), "head": head, "precision": "bf16-mixed"}
+    if chosen == "ctc":
+        options["beam"] = 0
     if given:
         return transcribe_told(test, output, **options)
     return transcribe([str(test)], output=str(output), **options)
@@ -190,7 +185,7 @@ def measure(system: str, test_set: str, places: Places, results: ResultFile) -> 
         texts = (output / part.name).read_text("utf-8").split("\n")
         lines |= {json.loads(line)["id"]: line for line in texts if line}
     hypothesis = output / "scored" / test.name
-    write_text(hypothesis, "".join(f"{lines[each.id]}\n" for each in utterances_of(test) if each.id in lines))
+    write_text(hypothesis, "".join(f"{lines[each.id]}\n" for each in Manifest(test) if each.id in lines))
     report = score(test, hypothesis, fold_accents=FOLD_ACCENTS)
     facts = {"system": system, "test_set": test_set, "date": date.today().isoformat()}
     trained_on = places.runs / system.partition("-")[0] / "train.jsonl"

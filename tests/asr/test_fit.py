@@ -276,8 +276,7 @@ def refused(words: list[str]) -> str:
 
 def copy_manifest(tones: Path, path: Path, **changes: Any) -> Path:
     """The train manifest with other values in the fields of its utterances."""
-    manifest = Manifest(tones / "train.jsonl")
-    write_manifest((replace(manifest[row], **changes) for row in range(len(manifest))), path)
+    write_manifest((replace(utterance, **changes) for utterance in Manifest(tones / "train.jsonl")), path)
     return path
 
 
@@ -365,7 +364,7 @@ def test_a_missing_recording_is_skipped_and_named(
     command: Callable[..., list[str]], tones: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     manifest = Manifest(tones / "train.jsonl")
-    utterances = [manifest[row] for row in range(len(manifest))]
+    utterances = list(manifest)
     utterances[3] = replace(utterances[3], audio_path=tmp_path / "gone.wav")
     write_manifest(utterances, tmp_path / "holed.jsonl")
     fit(command(data__train_manifest=tmp_path / "holed.jsonl", trainer__max_epochs=1))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mole_asr.corpus.manifest import Utterance, write_manifest
+from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "whisper_mole"
 MODULES = ("tables", "run")
@@ -92,7 +92,7 @@ def test_the_whisper_must_be_named(recipe: ModuleType, tmp_path: Path, capsys: p
 def test_who_was_told_the_language_has_identified_none(recipe: ModuleType, data: Path, tmp_path: Path) -> None:
     for system in ("whisper-int8-given", "whisper-int8-detected"):  # as if the peer had been there
         for name, part in recipe.PARTS.items():
-            whole = recipe.utterances_of(data / f"cuts_{part.split}.jsonl")
+            whole = Manifest(data / f"cuts_{part.split}.jsonl")
             heard = [u for u in whole if u.id.startswith(part.sources or "")][:: part.every]
             lines = [json.dumps({"id": u.id, "text": "ab", "language": u.language, "reliability": 1}) for u in heard]
             path = tmp_path / "runs/heard" / system / f"{name}.jsonl"

@@ -39,7 +39,7 @@ def test_round_trip(tmp_path: Path) -> None:
     rows = [utterance(i) for i in range(5)] + [utterance(5, language="", speaker=None, text="", channels=2)]
     assert write_manifest(rows, tmp_path / "cuts.jsonl") == 6
     manifest = Manifest(tmp_path / "cuts.jsonl")
-    assert [manifest[i] for i in range(len(manifest))] == rows
+    assert list(manifest) == rows
     assert manifest[-1] == manifest[np.int64(5)] == rows[5]
     np.testing.assert_array_equal(manifest.durations_s, np.array([1.5, 2.5, 3.5, 4.5, 5.5, 6.5], dtype=np.float32))
     assert manifest.languages == ["en", "it"]

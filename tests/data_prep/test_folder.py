@@ -21,7 +21,7 @@ def record(path: Path, text: str | None = None, seconds: float = 0.5, rate_hz: i
 
 def rows(output: Path) -> dict[str, tuple[str, Utterance]]:
     manifests = [(split, Manifest(manifest_path(output, split))) for split in SPLITS]
-    return {m[i].id: (split, m[i]) for split, m in manifests for i in range(len(m))}
+    return {utterance.id: (split, utterance) for split, manifest in manifests for utterance in manifest}
 
 
 def test_folder_with_texts_beside(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ EXPECTED = {
 
 def rows(output: Path) -> list[tuple[str, Utterance]]:
     manifests = [(split, Manifest(manifest_path(output, split))) for split in SPLITS]
-    return [(split, manifest[i]) for split, manifest in manifests for i in range(len(manifest))]
+    return [(split, utterance) for split, manifest in manifests for utterance in manifest]
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def small(deb: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def rows(output: Path) -> dict[str, list[Utterance]]:
     manifests = {split: Manifest(manifest_path(output, split)) for split in voices13.SPLITS}
-    return {split: [manifest[row] for row in range(len(manifest))] for split, manifest in manifests.items()}
+    return {split: list(manifest) for split, manifest in manifests.items()}
 
 
 def test_only_what_the_split_table_names_is_used(

@@ -79,14 +79,13 @@ class Listener(CtcDecoder):
 
 def listen(transcriber: Transcriber, manifest: Path) -> list[Heard]:
     """What the recogniser hears; an utterance that is so long that it would be cut is left out."""
-    table = Manifest(manifest)
     listener, found = Listener(transcriber.tokenizer), []
     searching, transcriber.decoder = transcriber.decoder, listener
-    for row in range(len(table)):
+    for utterance in Manifest(manifest):
         listener.heard = []
-        list(transcriber.transcribe([table[row]]))
+        list(transcriber.transcribe([utterance]))
         if len(listener.heard) == 1:
-            found.append(Heard(table[row].id, *listener.heard[0]))
+            found.append(Heard(utterance.id, *listener.heard[0]))
     transcriber.decoder = searching
     return found
 
@@ -166,7 +165,7 @@ def measure(name: str, places: Places, chosen: Row) -> list[Row]:
 def measure_bits(places: Places) -> list[Row]:
     """Bits a letter of the test sentences, their ends included, by the n-grams and by the language model."""
     transcriber, lm, table = load(places.model, "cpu"), load_text_model(places.lm), Manifest(places.split("test"))
-    utterances: list[Utterance] = [table[row] for row in range(len(table))]
+    utterances: list[Utterance] = list(table)
     rows = []
     for code in sorted({each.language or "" for each in utterances}):
         texts = [each.text for each in utterances if each.language == code]

@@ -57,9 +57,8 @@ def write_texts(prompts: Path, texts: Path, output: Path) -> list[dict[str, str 
 
 
 def _prompts(manifest: Path) -> Texts:
-    table, texts = Manifest(manifest), Texts()
-    for row in range(len(table)):
-        utterance = table[row]
+    texts = Texts()
+    for utterance in Manifest(manifest):
         texts.setdefault(utterance.language or "", []).append(utterance.text)
     return dict(sorted(texts.items()))
 
