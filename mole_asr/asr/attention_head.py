@@ -15,12 +15,14 @@ from mole_asr.asr.text_search import BEAM, TextSearch, Written
 from mole_asr.asr.whisper import WhisperConfig
 from mole_asr.asr.whisper_decoder import DecoderCache, WhisperDecoder
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
+from mole_asr.errors import MoleError
 
 IGNORED = -100  # no loss there: the prompt and the padding
 # Whisper writes about 3 tokens a second in Latin script, 8 in others; 20 ms a frame.
 FRAMES_PER_TOKEN = 4
 SPARE_TOKENS = 10
-# Drafts that are written at once: their scores of all tokens take 50 MB.
+# Drafts that are written at once: in float32 their scores of all tokens take 50 MB, their keys and values 200 MB for
+# each 32 tokens of Whisper base.
 MAX_DRAFTS = 256
 
 
@@ -103,8 +105,13 @@ class AttentionHead(nn.Module):
             memory_BTD: what the encoder gives.
             lengths_B: int64, its valid frames.
             languages_B: int64, index into the model's languages.
-            beam: drafts of an utterance that go on together; 1 is greedy.
+            beam: drafts of an utterance that go on together, from 1 (greedy) to `MAX_DRAFTS`.
+
+        Raises:
+            MoleError: there is no such beam.
         """
+        if not 1 <= beam <= MAX_DRAFTS:
+            raise MoleError(f"beam {beam}: must be from 1 to {MAX_DRAFTS}")
         limits = (lengths_B // FRAMES_PER_TOKEN + SPARE_TOKENS).clamp(max=self.max_tokens - 4).tolist()
         searches = [TextSearch(beam, limit, self.tokenizer.end_id) for limit in limits]
         # Prompts with and without a language differ in length.
@@ -112,7 +119,7 @@ class AttentionHead(nn.Module):
         prompts = self._prompts(languages_B)
         for row, prompt in enumerate(prompts):
             by_length.setdefault(len(prompt), []).append(row)
-        count = max(1, MAX_DRAFTS // beam)
+        count = MAX_DRAFTS // beam
         for alike in by_length.values():
             for first in range(0, len(alike), count):
                 rows = alike[first : first + count]
@@ -145,7 +152,7 @@ class AttentionHead(nn.Module):
                     parents += [first + each for each in kept]
                 first += count
             if parents != list(range(first)):
-                cache = cache.select(
+                cache.select(
                     torch.tensor(parents, dtype=torch.long, device=device),
                     None if len(going) == len(searches) else torch.tensor(going, dtype=torch.long, device=device),
                 )

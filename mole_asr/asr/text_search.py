@@ -28,7 +28,8 @@ def cut_loop(ids: list[int]) -> bool:
     """
     for period in range(1, len(ids) // LOOP_COPIES + 1):
         copies = max(LOOP_COPIES, -(-LOOP_TOKENS // period))
-        if copies * period <= len(ids) and ids[-period:] * copies == ids[-copies * period :]:
+        fits = ids[-1] == ids[-1 - period] and copies * period <= len(ids)  # cheap: nearly all end here
+        if fits and ids[-period:] * copies == ids[-copies * period :]:
             del ids[-(copies - 1) * period :]
             return True
     return False

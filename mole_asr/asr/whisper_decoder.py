@@ -48,21 +48,23 @@ class DecoderCache:
     cross_LGTW: list[tuple[Tensor, Tensor]]
     bias_G1T: Tensor
 
-    def select(self, drafts: Tensor, utterances: Tensor | None = None) -> "DecoderCache":
-        """The cache of some of the drafts (int64 indices), in a new order or several times, or without the finished.
+    def select(self, drafts: Tensor, utterances: Tensor | None = None) -> None:
+        """Keeps some of the drafts (int64 indices), in a new order or several times, or without the finished.
+
+        Block after block is replaced, so that no second cache takes memory.
 
         Args:
             drafts: of the utterances that are left.
             utterances: those that are left; None: all.
         """
-        chosen = DecoderCache(self.num_heads, self.length, self.self_LSPW, self.cross_LGTW, self.bias_G1T)
         index_S = self._heads_of(drafts)
-        chosen.self_LSPW = [(key[index_S], value[index_S]) for key, value in self.self_LSPW]
+        for block, (key_SPW, value_SPW) in enumerate(self.self_LSPW):
+            self.self_LSPW[block] = key_SPW[index_S], value_SPW[index_S]
         if utterances is not None:
             index_G = self._heads_of(utterances)
-            chosen.cross_LGTW = [(key[index_G], value[index_G]) for key, value in self.cross_LGTW]
-            chosen.bias_G1T = self.bias_G1T[index_G]
-        return chosen
+            for block, (key_GTW, value_GTW) in enumerate(self.cross_LGTW):
+                self.cross_LGTW[block] = key_GTW[index_G], value_GTW[index_G]
+            self.bias_G1T = self.bias_G1T[index_G]
 
     def _heads_of(self, rows: Tensor) -> Tensor:
         return (rows[:, None] * self.num_heads + torch.arange(self.num_heads, device=rows.device)).flatten()

@@ -96,8 +96,8 @@ def transcribe(
         Counts and failures.
 
     Raises:
-        MoleError: nothing to transcribe, an unknown format or language, a model that does not load, a language model
-            that does not fit it, or a text that would overwrite the `.txt` beside a recording.
+        MoleError: nothing to transcribe, an unknown format or language, a negative beam, a model that does not load, a
+            language model that does not fit it, or a text that would overwrite the `.txt` beside a recording.
     """
     from mole_asr.transcribe.transcriber import load
 
@@ -113,7 +113,7 @@ def transcribe(
         raise MoleError("--lm-weight, --lm-mode: of which language model? give --lm FOLDER too")
     transcriber = load(model)
     if beam is not None:
-        transcriber.decoder.beam, transcriber.text_beam = beam, max(1, beam)
+        transcriber.choose_beam(beam)
     transcriber.precision = precision
     if head is not None:
         transcriber.choose_head(head)

@@ -174,6 +174,19 @@ class Transcriber:
             raise MoleError("head: the model has no attention head; leave the option out")
         self.head = head
 
+    def choose_beam(self, beam: int) -> None:
+        """Says how many texts the search of either head keeps.
+
+        Args:
+            beam: 0 decodes greedily, the CTC head by the sound alone; to the attention head 1 is the same.
+
+        Raises:
+            MoleError: it is negative.
+        """
+        if beam < 0:
+            raise MoleError(f"beam {beam}: must be at least 0")
+        self.decoder.beam, self.text_beam = beam, max(1, beam)
+
     def use_language_model(self, folder: str | Path, mode: LmMode) -> None:
         """Lets a neural language model help the CTC head.
 
@@ -231,10 +244,10 @@ class Transcriber:
         for piece, heard in zip(batch, self._listen(batch, told), strict=True):
             piece.heard = heard
         if language_id is None and self.head == "attention":
-            known = [(piece, self._possible(piece.heard.language_probabilities_N)) for piece in batch]
-            unsure = [(piece, posterior_N) for piece, posterior_N in known if posterior_N.max() < _SURE]
+            posteriors = [self._possible(piece.heard.language_probabilities_N) for piece in batch]
+            unsure = [row for row, posterior_N in enumerate(posteriors) if posterior_N.max() < _SURE]
             if unsure:
-                self._compare_languages(*map(list, zip(*unsure, strict=True)))
+                self._compare_languages([batch[row] for row in unsure], np.stack([posteriors[row] for row in unsure]))
 
     def _possible(self, posterior_N: np.ndarray) -> np.ndarray:
         """The posterior among the languages that the likeliest one can be confused with (see `generations`)."""
@@ -242,12 +255,12 @@ class Transcriber:
         possible_N = np.where(np.arange(len(posterior_N)) < count, posterior_N, 0.0)
         return possible_N / possible_N.sum()
 
-    def _compare_languages(self, batch: list[_Piece], posteriors_N: list[np.ndarray]) -> None:
+    def _compare_languages(self, batch: list[_Piece], posterior_BN: np.ndarray) -> None:
         """Listens once more in each of the likeliest languages of a piece; the likeliest text tells which it is.
 
-        A posterior p becomes p x exp(`_TEXT_WEIGHT` x log-probability of the text a token), among these languages.
+        A posterior p becomes p x exp(`_TEXT_WEIGHT` x log-probability of the text a token), among these languages;
+        that of the language chosen is the reliability.
         """
-        posterior_BN = np.stack(posteriors_N)
         order_BC = (-posterior_BN).argsort(axis=1, kind="stable")[:, :_CANDIDATES]
         heard_CB = [self._listen(batch, languages.tolist()) for languages in order_BC.T]
         with np.errstate(divide="ignore"):  # a language without any probability gets none
@@ -256,9 +269,10 @@ class Transcriber:
             candidates = [heard_B[row] for heard_B in heard_CB]
             score_C = prior_BC[row] + _TEXT_WEIGHT * np.array([each.log_prob for each in candidates])
             share_C = np.exp(score_C - score_C.max())
-            after_N = piece.heard.language_probabilities_N.copy()
+            after_N = posterior_BN[row].copy()
             after_N[order_BC[row]] = after_N[order_BC[row]].sum() * share_C / share_C.sum()
-            piece.heard = replace(candidates[int(score_C.argmax())], language_probabilities_N=after_N)
+            chosen, reliability = candidates[int(score_C.argmax())], float(after_N.max())
+            piece.heard = replace(chosen, reliability=reliability, language_probabilities_N=after_N)
 
     # Not inference_mode: under autocast it casts every weight anew in each step of the text decoder.
     @torch.no_grad()

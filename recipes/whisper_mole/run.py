@@ -197,10 +197,29 @@ def measure(system: str, test_set: str, places: Places, results: ResultFile) -> 
     print(f"{system} on {test_set}: macro WER {report.macro.wer:.1f} %", flush=True)
 
 
-def measure_speed(places: Places, results: ResultFile, peers: Sequence[str], repeat: int = 3) -> None:
-    """Times all systems on the same utterances, in turns, so that each meets the same machine; the medians count."""
+def measure_all(
+    places: Places, results: ResultFile, models: Sequence[str], peers: Sequence[str], fit_words: list[str]
+) -> None:
+    """Trains what is not trained, and measures what results.json lacks."""
+    for name in models:
+        train_model(name, places, fit_words)
+    tests = {f"{name}-{head}": TRAININGS[name].tests for name in models for head in HEADS}
+    tests |= dict.fromkeys(peers, tuple(TESTS))
+    for system, test_sets in tests.items():
+        for test_set in test_sets:
+            if not results.select(system=system, test_set=test_set):
+                measure(system, test_set, places, results)
+
+
+def measure_speed(
+    places: Places, results: ResultFile, models: Sequence[str], peers: Sequence[str], repeat: int = 3
+) -> None:
+    """Times the models that are there and the peers on the same utterances; the medians count.
+
+    They take turns, so that each meets the same machine.
+    """
     test = select(places.data / "cuts_test.jsonl", places.test("speed"), SPEED)
-    systems = [f"{name}-{head}" for name in TRAININGS for head in HEADS if (places.runs / name / "model").exists()]
+    systems = [f"{name}-{head}" for name in models for head in HEADS if (places.runs / name / "model").exists()]
     factors: dict[str, list[float]] = {system: [] for system in [*systems, *peers]}
     for turn in range(repeat):
         for system in factors:
@@ -238,15 +257,9 @@ def main(words: list[str] | None = None) -> int:
             places = Places(options.data.absolute(), options.runs.absolute(), options.whisper)
             prepare(places, options.source)
             if options.speed:
-                measure_speed(places, results, options.peers)
-            for name in options.models:
-                train_model(name, places, fit_words)
-            tests = {f"{name}-{head}": TRAININGS[name].tests for name in options.models for head in HEADS}
-            tests |= dict.fromkeys(options.peers, tuple(TESTS))
-            for system, test_sets in ({} if options.speed else tests).items():
-                for test_set in test_sets:
-                    if not results.select(system=system, test_set=test_set):
-                        measure(system, test_set, places, results)
+                measure_speed(places, results, options.models, options.peers)
+            else:
+                measure_all(places, results, options.models, options.peers, fit_words)
         from tables import write_all
 
         print(write_all(results, options.results))

@@ -41,7 +41,7 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def main_table(results: ResultFile) -> str:
-    """A row a system: macro error rates a test set, and how many times less than Whisper that is told the language."""
+    """A row a system: macro error rates a test set, and their ratio to those of Whisper that is told the language."""
     sets = list(dict.fromkeys(row["test_set"] for row in results.rows if row["test_set"] != "speed"))
     header = ["system", *(f"{name}: WER / CER % (ratio), language ID %" for name in sets), "RTF", "speed-up"]
     lines = []

@@ -146,7 +146,7 @@ def test_decoding_with_a_cache_equals_recomputation(parts: Parts, steps: int) ->
         for place in range(4, 4 + steps):
             if place == 6:  # the second utterance has ended, and the others change places
                 rows = torch.tensor([2, 0])
-                cache = cache.select(rows, rows)
+                cache.select(rows, rows)
             found_BV = decoder.read(tokens_BU[rows, place, None], cache)
             torch.testing.assert_close(found_BV, expected_BUV[rows, place], atol=1e-5, rtol=0)
     assert cache.length == 4 + steps

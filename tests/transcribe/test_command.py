@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from mole_asr.asr.text_search import BEAM as TEXT_BEAM
 from mole_asr.corpus.manifest import Utterance, write_manifest
+from mole_asr.decode.beam import BEAM as CTC_BEAM
 from mole_asr.decode.ngram import TokenNgram
 from mole_asr.errors import MoleError
 from mole_asr.transcribe.command import transcribe
@@ -127,12 +129,22 @@ def test_wrong_arguments_stop_before_any_work(tmp_path: Path, capsys: pytest.Cap
         transcribe([str(good)], model="m", format="txt,xml")
     with pytest.raises(MoleError, match=r"'de'.*en, fr"):
         transcribe([str(good)], model="m", language="de")
+    with pytest.raises(MoleError, match="beam -1: must be at least 0"):
+        transcribe([str(good)], model="m", beam=-1)
     with pytest.raises(MoleError, match="no input"):
         transcribe([], model="m")
     (tmp_path / "empty").mkdir()
     with pytest.raises(MoleError, match="empty: no audio file"):
         transcribe([str(tmp_path / "empty")], model="m")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("beam", "wanted"), [(None, (CTC_BEAM, TEXT_BEAM)), (0, (0, 1)), (1, (1, 1)), (7, (7, 7))])
+def test_the_beam_is_that_of_either_head(
+    beam: int | None, wanted: tuple[int, int], tmp_path: Path, transcriber: Transcriber
+) -> None:
+    transcribe([str(write_sound(tmp_path / "a.wav", AB))], model="m", beam=beam)
+    assert (transcriber.decoder.beam, transcriber.text_beam) == wanted
 
 
 def test_importing_the_command_imports_no_torch() -> None:
