@@ -67,7 +67,7 @@ CALIBRATION_ROWS = 20_000
 TEST_ROWS = {"text": 12_000, "speech": 8_000}
 ROUNDS = 3  # of each timing
 TUNED_SHARE = 0.25
-TUNING = {"text": 300, "speech": 150}
+TUNING = {"text": 600, "speech": 150}
 """Steps of that training, on the data of the adaptation."""
 ADAPTATION = {"text": (200, 300_000), "speech": (150, 60_000)}
 """Steps of the ReLU adaptation, and rows of its data."""
