@@ -64,8 +64,8 @@ class TextSearch:
     """The drafts of one utterance.
 
     A draft ends with the end sign, or where it repeats itself (`cut_loop`); all do at the limit. The search is over
-    when as many have ended as may go on (Sutskever et al., 2014, section 3.2); the best has the highest mean
-    log-probability, which favours neither short nor long texts.
+    when as many have ended as may go on (Sutskever et al., 2014, section 3.2), or fewer than that are left; the best
+    has the highest mean log-probability, which favours neither short nor long texts.
 
     Args:
         beam: drafts that go on together; with 1 the search is greedy.

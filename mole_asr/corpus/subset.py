@@ -33,11 +33,12 @@ def thin(manifest: str | Path, output: str | Path, shares: Mapping[str, float]) 
             )
         if not 0 <= share <= 1:
             raise MoleError(f"share of {code}: {share:g} must be from 0 to 1")
+    utterances = list(table)
     by_language: dict[str, list[Utterance]] = defaultdict(list)
-    for utterance in table:
+    for utterance in utterances:
         by_language[utterance.language].append(utterance)
     taken = {u.id for code, members in by_language.items() for u in _take(members, shares.get(code, 1.0))}
-    return write_manifest((utterance for utterance in table if utterance.id in taken), output)
+    return write_manifest((utterance for utterance in utterances if utterance.id in taken), output)
 
 
 def hours_of(manifest: str | Path) -> dict[str, float]:

@@ -19,7 +19,7 @@ from systems import SYSTEMS, Lists, Rates, choose
 from tables import write_all
 from texts import FOLD_ACCENTS, write_texts
 
-from mole_asr.corpus.manifest import Manifest, Utterance
+from mole_asr.corpus.manifest import Manifest
 from mole_asr.decode.beam import Weights
 from mole_asr.decode.decoder import CtcDecoder
 from mole_asr.decode.ngram import TokenNgram
@@ -164,8 +164,8 @@ def measure(name: str, places: Places, chosen: Row) -> list[Row]:
 
 def measure_bits(places: Places) -> list[Row]:
     """Bits a letter of the test sentences, their ends included, by the n-grams and by the language model."""
-    transcriber, lm, table = load(places.model, "cpu"), load_text_model(places.lm), Manifest(places.split("test"))
-    utterances: list[Utterance] = list(table)
+    transcriber, lm = load(places.model, "cpu"), load_text_model(places.lm)
+    utterances = list(Manifest(places.split("test")))
     rows = []
     for code in sorted({each.language or "" for each in utterances}):
         texts = [each.text for each in utterances if each.language == code]
