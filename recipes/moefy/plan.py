@@ -49,30 +49,26 @@ class Model:
 MODELS = {
     model.name: model
     for model in (
-        Model("relu", "text, ReLU", "text", "relu"),
+        Model("relu", "text, ReLU", "text", "relu", slices=(8, 4)),
         Model(
             "swiglu",
             "text, SwiGLU",
             "text",
             "swiglu",
             ("--model.network.activation=swiglu", "--model.network.d_ff=512"),
+            (8, 4),
         ),
-        Model("swiglu-adapted", "the same, adapted to ReLU", "text", "swiglu"),
-        Model("speech", "recogniser, SiLU", "speech", "speech"),
-        Model("speech-adapted", "the same, adapted to ReLU", "speech", "speech"),
+        Model("swiglu-adapted", "the same, adapted to ReLU", "text", "swiglu", slices=(8, 4)),
+        Model("speech", "recogniser, SiLU", "speech", "speech", slices=(8, 4)),
+        Model("speech-adapted", "the same, adapted to ReLU", "speech", "speech", slices=(8, 4)),
     )
 }
 SHARES = (0.125, 0.25, 0.5)
 CALIBRATION_ROWS = 20_000
 TEST_ROWS = {"text": 12_000, "speech": 8_000}
-ROUNDS = 3  # of each timing
+ROUNDS = 7  # of each timing
 TUNED_SHARE = 0.25
 TUNING = {"text": 600, "speech": 150}
 """Steps of that training, on the data of the adaptation."""
 ADAPTATION = {"text": (200, 300_000), "speech": (150, 60_000)}
 """Steps of the ReLU adaptation, and rows of its data."""
-FIRST_ROWS = {
-    "text": {"model_steps": 500, "cut_rows": 20_000, "test_rows": 12_000, "training_rows": 300_000},
-    "speech": {"cut_rows": 20_000, "test_rows": 8_000, "training_rows": 60_000},
-}
-"""What the rows of 2026-11-22 were measured with, which do not say it."""

@@ -16,7 +16,6 @@ from plan import (
     ADAPTATION,
     CALIBRATION_ROWS,
     CONFIG,
-    FIRST_ROWS,
     HERE,
     MODELS,
     ROUNDS,
@@ -69,8 +68,7 @@ def check_rows(model: Model, options: argparse.Namespace, results: ResultFile) -
         MoleError: there are such rows.
     """
     for each in {model.name: model, model.of: MODELS[model.of]}.values():
-        rows = [FIRST_ROWS[each.kind] | row for row in results.select(model=each.name)]
-        check_settings(results.path, rows, settings_of(each, options))
+        check_settings(results.path, results.select(model=each.name), settings_of(each, options))
 
 
 def folder_of(model: Model, options: argparse.Namespace) -> Path:

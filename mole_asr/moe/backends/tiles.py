@@ -26,6 +26,8 @@ SHARED = -1
 
 _TILE_BYTES = 8 << 20
 _MAX_TILE_ROWS = 2048
+_PACKING_PAYS = 1 << 28
+"""Multiplications of one product, over all tiles of an expert, below which packing costs more than it saves."""
 
 
 class Tile(NamedTuple):
@@ -90,6 +92,7 @@ class _TiledExperts(torch.autograd.Function):
         weights = _cast_used(tiles, parameters, dtype, packed=not training)
         cast_ND = x_ND.to(dtype)
         y_ND = _new_sum(x_ND, x_ND.dtype, tiles)
+        weighted = training or bool((gates_P != 1).any())  # slices of a dense FFN are not: then a product is saved
         kept: list[Tensor | None] = []
         for expert, rows, pairs in tiles:
             w1_FD, b1_F, w2_DF, b2_D = weights[expert]
@@ -99,8 +102,8 @@ class _TiledExperts(torch.autograd.Function):
             out_nD = linear(a_nF, w2_DF, b2_D)
             if training:
                 kept += [z_nF, a_nF, out_nD if keep_outputs else None]
-            weighted_nD = out_nD.to(y_ND.dtype, copy=keep_outputs).mul_(gates_P[pairs, None])
-            _add(y_ND, rows, weighted_nD, first=expert == SHARED)
+            part_nD = out_nD.to(y_ND.dtype, copy=keep_outputs)
+            _add(y_ND, rows, part_nD.mul_(gates_P[pairs, None]) if weighted else part_nD, first=expert == SHARED)
         if training:
             ctx.recipe, ctx.experts, ctx.x_dtype = recipe, list(weights), x_ND.dtype
             ctx.like = [None if p is None else (p.shape, p.dtype) for p in parameters]
@@ -198,13 +201,15 @@ def _cast_used(
 ) -> dict[int, ExpertWeights]:
     """The weights of the experts that have rows, in the type of the products (master weights stay float32).
 
-    With `packed`, those of experts with several tiles in a layout that only `linear` can read.
+    With `packed`, those of experts with several tiles and much to compute in a layout that only `linear` can read.
     """
-    weights = {}
+    weights, num_rows = {}, Counter[int]()
+    for tile in tiles:
+        num_rows[tile.expert] += tile.pairs.stop - tile.pairs.start
     for expert, num_tiles in Counter(tile.expert for tile in tiles).items():
         w1, b1, w2, b2 = (None if tensor is None else tensor.to(dtype) for tensor in _of_expert(parameters, expert))
         assert w1 is not None and w2 is not None
-        if packed and num_tiles > 1:
+        if packed and num_tiles > 1 and num_rows[expert] * w2.numel() >= _PACKING_PAYS:
             w1, w2 = pack(w1, _MAX_TILE_ROWS), pack(w2, _MAX_TILE_ROWS)
         weights[expert] = ExpertWeights(w1, b1, w2, b2)
     return weights
