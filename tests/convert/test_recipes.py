@@ -98,8 +98,8 @@ def test_moefy(
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["model"]] = counts.get(row["model"], 0) + 1
-    # A dense row, two routers of one split, and one that is tuned.
-    assert counts == dict.fromkeys(("swiglu", "swiglu-adapted", "speech"), 4)
+    # A dense row; of eight and of four slices two routers of one split, and one that is tuned.
+    assert counts == dict.fromkeys(("swiglu", "swiglu-adapted", "speech"), 7)
     dense = {row["model"]: row for row in rows if row["router"] == "dense"}
     assert dense["swiglu"]["silent_share"] == dense["speech"]["silent_share"] == 0
     assert dense["swiglu-adapted"]["silent_share"] > 0.05
