@@ -59,7 +59,7 @@ class CentroidRouter(Router):
         Raises:
             ValueError: no rows.
         """
-        scores_NE = linear_scores(_unit_rows(need_rows(self, x_ND)), self.centroids_ED)
+        scores_NE = _similarities(need_rows(self, x_ND), self.centroids_ED)
         return _unweighted(scores_NE, self.k, 1.0, {"scores": scores_NE})
 
 
@@ -93,7 +93,7 @@ class MLPRouter(Router):
         Raises:
             ValueError: no rows.
         """
-        hidden_NE = linear_scores(_unit_rows(need_rows(self, x_ND)), self.first_ED).tanh()
+        hidden_NE = _similarities(need_rows(self, x_ND), self.first_ED).tanh()
         logits_NE = linear_scores(hidden_NE, self.second_EE)
         return _unweighted(logits_NE, self.k, 1.0, {"logits": logits_NE})
 
@@ -162,8 +162,11 @@ class PseudoLabelRouter(LinearRouter):
         return _unweighted(logits_NE, self.k, self.num_experts / self.k, aux)
 
 
-def _unit_rows(x_ND: Tensor) -> Tensor:
-    return functional.normalize(x_ND.to(torch.promote_types(x_ND.dtype, torch.float32)), dim=-1)
+def _similarities(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    """Products of x / |x| with W, [N, E]; divided after the product, as E values a row are fewer than D."""
+    dtype = torch.promote_types(x_ND.dtype, torch.float32)
+    length_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True, dtype=dtype).clamp_min(1e-12)
+    return linear_scores(x_ND, weight_ED) / length_N1
 
 
 def _unweighted(scores_NE: Tensor, k: int, gate: float, aux: dict[str, Tensor]) -> RoutingPlan:
