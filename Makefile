@@ -26,7 +26,7 @@ demo: .venv/demo.stamp
 	SOURCE="$(SOURCE)" OUT="$(OUT)" DATA="$(DATA)" FILE="$(FILE)" bash recipes/prompts5/run.sh $(FIT)
 
 test: .venv/test.stamp
-	$(if $(SOURCE),MOLE_ASR_PROMPTS="$(SOURCE)") .venv/bin/python -m pytest
+	$(if $(SOURCE),MOLE_ASR_PROMPTS="$(SOURCE)") .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check .

@@ -16,6 +16,12 @@ settings.load_profile("repeatable")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Where several processes share the work (`make test`), they share the cores too, and so do commands that tests start.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    torch.set_num_threads(threads)
+
 
 @pytest.fixture(scope="session")
 def prompt_packages() -> Path:
