@@ -13,7 +13,7 @@ from mole_asr.convert.host import DensePart, Host, open_host
 from mole_asr.convert.report import lines_of
 from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
-from mole_asr.convert.training import check_steps, train
+from mole_asr.convert.training import check_at_least, check_positive, train
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.sliced import RouterKind, SlicedLayer
 from mole_asr.moe.convert.splits import Split
@@ -96,7 +96,9 @@ def factor(
     """
     if Path(output).resolve() == Path(model).resolve():
         raise MoleError(f"output {output}: is the old model; give another folder")
-    check_steps("--steps", steps)
+    check_at_least(0, steps=steps)
+    check_at_least(1, rows=rows)
+    check_positive(lr=lr, router_lr=router_lr)
     cut = Cut(split, slices, active_slices(share, slices), KINDS[router], seed)
     host = open_host(model)
     parts = host.parts()

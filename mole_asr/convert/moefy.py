@@ -9,7 +9,7 @@ from mole_asr.convert.host import draw_rows, open_host
 from mole_asr.convert.report import lines_of
 from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
-from mole_asr.convert.training import check_steps, imitate, relu_adaptation
+from mole_asr.convert.training import check_at_least, check_positive, imitate, relu_adaptation
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.splits import Split
 
@@ -66,8 +66,9 @@ def moefy(
     if Path(output).resolve() == Path(model).resolve():
         raise MoleError(f"output {output}: is the old model; give another folder")
     cut = Cut(split, slices, active_slices(share, slices), router, seed)
-    check_steps("--relu-steps", relu_steps)
-    check_steps("--tune-steps", tune_steps)
+    check_at_least(0, relu_steps=relu_steps, tune_steps=tune_steps)
+    check_at_least(1, rows=rows)
+    check_positive(lr=lr)
     if data is None and (cut.needs_rows or relu_steps or tune_steps):
         raise MoleError("--data: is missing; the router mlp, the split coactivation and trainings learn from data")
     host = open_host(model)

@@ -37,6 +37,6 @@ def lines_of(
         )
     if before is not None and after is not None:
         figures = [f"{name} {value:.4g} -> {after.figures[name]:.4g}" for name, value in before.figures.items()]
-        kept = f"{100 * after.score / before.score:.1f} % kept" if before.score else "nothing to keep"
+        kept = f"{100 * after.score / before.score:.1f} % kept" if before.score > 0 else "nothing to keep"
         lines.append("; ".join([*figures, f"right {before.score:.4f} -> {after.score:.4f} ({kept})"]))
     return lines

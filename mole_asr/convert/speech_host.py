@@ -144,10 +144,12 @@ class SpeechHost(Host):
         }
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that `load_model` reads; n-grams come along."""
+        """Writes a folder that `load_model` reads; n-grams come along, and those of another model go."""
         save_model(self.model, self.tokenizer, folder)
         if (self.folder / NGRAM_FILE).exists():
             shutil.copyfile(self.folder / NGRAM_FILE, Path(folder) / NGRAM_FILE)
+        else:
+            (Path(folder) / NGRAM_FILE).unlink(missing_ok=True)
 
 
 def _is_dense(name: str, module: nn.Module) -> bool:

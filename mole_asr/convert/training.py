@@ -29,14 +29,26 @@ _WARM_UP = 0.1
 _CLIP = 1.0
 
 
-def check_steps(option: str, steps: int) -> None:
-    """Refuses fewer than no steps.
+def check_at_least(least: int, **options: int) -> None:
+    """Refuses too small numbers, by the names of the options.
 
     Raises:
-        MoleError: naming the option.
+        MoleError: naming the first such option.
     """
-    if steps < 0:
-        raise MoleError(f"{option} {steps}: must be at least 0")
+    for name, value in options.items():
+        if value < least:
+            raise MoleError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def check_positive(**options: float) -> None:
+    """Refuses rates that are not above zero, by the names of the options.
+
+    Raises:
+        MoleError: naming the first such option.
+    """
+    for name, value in options.items():
+        if not value > 0:
+            raise MoleError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
 
 
 def distillation_loss(student: Prediction, teacher: Prediction) -> Tensor:

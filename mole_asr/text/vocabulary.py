@@ -54,7 +54,8 @@ class ByteVocabulary(Vocabulary):
         return bytes(spelled).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
-        """Needs no file."""
+        """Needs no file; that of pieces, which a model before may have left, is taken away."""
+        (Path(folder) / FILE_NAME).unlink(missing_ok=True)
 
 
 class PieceVocabulary(Vocabulary):

@@ -17,6 +17,7 @@ from mole_asr.convert.moefy import moefy
 from mole_asr.convert.slicing import Cut, identity_error, output_error, slice_parts
 from mole_asr.convert.training import distillation_loss, relu_adaptation, train
 from mole_asr.corpus.text_tokenizer import TextTokenizer
+from mole_asr.decode.ngram import NGRAM_FILE
 from mole_asr.errors import MoleError
 from mole_asr.moe import PseudoLabelRouter
 from mole_asr.moe.experts import feed_forward
@@ -70,7 +71,10 @@ def test_a_recogniser_goes_in_and_out(speech: Path, tmp_path: Path, capsys: pyte
     assert (out / "0.txt").exists()
     assert run("convert", "factor", speech / "model", out / "b", *words, "--steps", 2) == 0
     assert run("transcribe", speech / "0.wav", "--model", out / "b", "--output", out) == 0
+    (out / "c").mkdir()
+    (out / "c" / NGRAM_FILE).write_bytes(b"of another model")
     assert run("convert", "dense", out / "b", out / "c") == 0
+    assert not (out / "c" / NGRAM_FILE).exists() and not (speech / "model" / NGRAM_FILE).exists()
 
 
 def test_a_hugging_face_model_goes_in_and_out(
@@ -107,6 +111,10 @@ def test_a_hugging_face_model_goes_in_and_out(
         (["moefy", "MODEL", "OUT", "--data", "TEXTS", "--relu-steps", "-1"], "--relu-steps -1: must be at least 0"),
         (["moefy", "MODEL", "OUT", "--data", "TEXTS", "--tune-steps", "-2"], "--tune-steps -2: must be at least 0"),
         (["factor", "MODEL", "OUT", "--data", "TEXTS", "--steps", "-3"], "--steps -3: must be at least 0"),
+        (["moefy", "MODEL", "OUT", "--data", "TEXTS", "--rows", "0"], "--rows 0: must be at least 1"),
+        (["moefy", "MODEL", "OUT", "--data", "TEXTS", "--lr", "-1"], "--lr -1: must be above 0"),
+        (["factor", "MODEL", "OUT", "--data", "TEXTS", "--rows", "0"], "--rows 0: must be at least 1"),
+        (["factor", "MODEL", "OUT", "--data", "TEXTS", "--router-lr", "0"], "--router-lr 0: must be above 0"),
         (["factor", "MODEL", "OUT", "--data", "TEXTS", "--lr", "1e30", "--steps", "9"], "give a lower learning rate"),
         (["dense", "MODEL", "OUT"], "has no slices; it is dense already"),
     ],

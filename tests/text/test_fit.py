@@ -1,9 +1,11 @@
 """`mole-asr fit` with a text config: every policy trains, saves and loads; a killed run goes on bit by bit."""
 
 from collections.abc import Callable
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,10 +16,14 @@ from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.fit import fit, is_text
 from mole_asr.moe.losses import load_balance_loss, router_z_loss
+from mole_asr.text import curriculum
 from mole_asr.text.checkpoint import load_text_model
+from mole_asr.text.data import TextDataModule
 from mole_asr.text.evaluate import evaluate
+from mole_asr.text.model import NetworkConfig
 from mole_asr.text.policies import ExpertsConfig
 from mole_asr.text.task import TextTask
+from mole_asr.text.windows import IGNORED, pack_windows
 
 from .conftest import NETWORK, POLICIES
 
@@ -173,6 +179,58 @@ def test_the_loss_is_the_weighted_sum_of_the_published_ones(command: Command, mo
     found, expected = zip(*seen, strict=True)
     assert len(found) == 8
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_label_is_forced_in_training(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced: list[bool] = []
+    predict = TextTask.predict
+
+    def spy(task: TextTask, batch: Any, generator: Any = None) -> Any:
+        output, targets_BT = predict(task, batch, generator)
+        if task.training:
+            labels_N = batch.languages_B.repeat_interleave(targets_BT.shape[1])
+            forced.extend(bool((plan.expert_ids == labels_N[:, None]).any(1).all()) for plan in output.plans.values())
+        return output, targets_BT
+
+    monkeypatch.setattr(TextTask, "predict", spy)
+    fit(command(POLICIES["post-moe"], trainer__max_steps=2))
+    assert forced == [True] * 4  # two steps, two layers
+
+
+def test_the_second_epoch_follows_the_curriculum(
+    command: Command, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: dict[int, torch.Tensor] = {}
+    record = TextDataModule.record
+
+    def spy(data: TextDataModule, rows_B: torch.Tensor, shares_BL: torch.Tensor) -> None:
+        for row, shares_L in zip(rows_B.tolist(), shares_BL, strict=True):
+            shares.setdefault(row, shares_L.double())
+        record(data, rows_B, shares_BL)
+
+    def most_first(shares_WL: np.ndarray) -> np.ndarray:
+        return np.argsort(-shares_WL.mean(axis=1), kind="stable")
+
+    monkeypatch.setattr(TextDataModule, "record", spy)
+    # The published order starts from one of the windows of the fewest, of which there are several.
+    monkeypatch.setattr(curriculum, "curriculum_order", most_first)
+    fit(command(POLICIES["adaptive"], data__curriculum="true"))
+    batches = [[float(shares[row].mean()) for row in rows] for rows in watch.rows[len(watch.rows) // 2 :]]
+    assert sorted(chain(*watch.rows[len(watch.rows) // 2 :])) == sorted(shares)
+    assert max(batches[0]) > min(batches[-1]) + 0.1
+    assert all(min(before) >= max(after) - 1e-6 for before, after in pairwise(batches))
+
+
+def test_an_encoder_is_asked_what_it_cannot_see(texts_file: Path) -> None:
+    languages = ["de", "en", "ru"]
+    task = TextTask("bytes", languages, languages, 16, NetworkConfig(**NETWORK, causal=False))
+    read: list[torch.Tensor] = []
+    task.model.register_forward_pre_hook(lambda model, arguments: read.append(arguments[0]))
+    batch = pack_windows(read_texts(texts_file), languages, task.vocabulary, 16, fill=True).batch(np.arange(20))
+    _, targets_BT = task.predict(batch, torch.Generator().manual_seed(0))
+    asked_BT = targets_BT != IGNORED
+    assert torch.equal(read[0] == task.vocabulary.mask, asked_BT) and 0.05 < asked_BT.float().mean() < 0.3
+    assert torch.equal(targets_BT[asked_BT], batch.tokens_BS[:, 1:][asked_BT])
 
 
 def test_a_dense_model_becomes_experts(command: Command, texts_file: Path, tmp_path: Path) -> None:

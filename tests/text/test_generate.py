@@ -61,7 +61,7 @@ def test_seed_and_choice(folder: Path) -> None:
         return write_on(language_model, [256], **arguments)  # type: ignore[arg-type]
 
     assert drawn() == drawn() != drawn(seed=1)
-    assert drawn(top_k=1) == drawn(temperature=0)
+    assert drawn(top_k=1) == drawn(temperature=0) == drawn(temperature=1e-5)
     with pytest.raises(MoleError, match="top_k 0"):
         generate(str(folder), "a", top_k=0)
 

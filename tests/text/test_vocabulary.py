@@ -25,6 +25,12 @@ def test_texts_come_back_and_specials_are_no_texts(kind: str, tokenizer_folder: 
     assert (again.size, again.fingerprint) == (vocabulary.size, vocabulary.fingerprint)
 
 
+def test_bytes_take_the_place_of_pieces(tokenizer_folder: Path, tmp_path: Path) -> None:
+    for name in (tokenizer_folder, "bytes"):
+        load_vocabulary(name).save(tmp_path)
+    assert load_saved_vocabulary(tmp_path).fingerprint == load_vocabulary("bytes").fingerprint
+
+
 def test_bytes_that_are_no_text_do_not_end_the_generation() -> None:
     assert load_vocabulary("bytes").decode([0xE2, ord("a")]) == "�a"
 
