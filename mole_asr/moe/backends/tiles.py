@@ -92,7 +92,8 @@ class _TiledExperts(torch.autograd.Function):
         weights = _cast_used(tiles, parameters, dtype, packed=not training)
         cast_ND = x_ND.to(dtype)
         y_ND = _new_sum(x_ND, x_ND.dtype, tiles)
-        weighted = training or bool((gates_P != 1).any())  # slices of a dense FFN are not: then a product is saved
+        # Slices of a dense FFN have gates of one: a product is saved. A GPU would have to be waited for to know.
+        weighted = training or gates_P.is_cuda or bool((gates_P != 1).any())
         kept: list[Tensor | None] = []
         for expert, rows, pairs in tiles:
             w1_FD, b1_F, w2_DF, b2_D = weights[expert]
