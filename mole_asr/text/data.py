@@ -175,7 +175,8 @@ class TextDataModule(LightningDataModule):
                 continue
             texts = {code: texts for code, texts in self._read(split).items() if code in self.languages}
             if not texts:
-                raise MoleError(f"{self.paths[split]}: nothing to {split} on: no text in the languages of the model")
+                use = "train" if split == "train" else "validate"
+                raise MoleError(f"{self.paths[split]}: nothing to {use} on: no text in the languages of the model")
             packed = pack_windows(texts, self.languages, self.vocabulary, self.window, fill=split == "train")
             self.windows[split] = packed.thinned(self.per_language[split], self.seed)
             del self._texts[split]
