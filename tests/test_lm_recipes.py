@@ -133,7 +133,7 @@ def test_training_flops_follow_the_share_of_two_expert_tokens(make: Callable[[st
     assert recipe["run"].main([*words, "--systems", "adaptive"]) == 0
     row = rows_of(recipe)[0]
     experts = ExpertsConfig("adaptive")
-    model = TextModel(NetworkConfig(**NETWORK, activation="relu", norm="layer"), experts, list("abcd"), 258)
+    model = TextModel(NetworkConfig(**NETWORK, activation="relu", norm="layer"), [experts], list("abcd"), 258)
     assert [each[0] for each in row["shares"]] == [0, 1, 2, 3]
     for step, _, _, _, flops in row["curve"]:
         shares = [each[1:] for each in row["shares"][: step + 1]]

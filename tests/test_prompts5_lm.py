@@ -127,7 +127,7 @@ def test_lists_are_what_the_decoder_says(recipe: dict[str, ModuleType], data: Pa
     vocabulary, rng = PieceVocabulary(tokenizer), np.random.default_rng(0)
     torch.manual_seed(0)
     network = NetworkConfig(d_model=8, d_ff=8, num_layers=1, num_heads=1)
-    lm = TextModel(network, ExpertsConfig(), ["en"], vocabulary.size)
+    lm = TextModel(network, [ExpertsConfig()], ["en"], vocabulary.size)
     torch.nn.init.normal_(lm.norm.weight)
     save_text_model(LanguageModel(lm, vocabulary, 32, []), tmp_path / "lm")
     logits = [rng.normal(size=(frames, tokenizer.vocab_size)) for frames in (9, 5, 12)]

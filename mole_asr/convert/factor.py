@@ -60,8 +60,8 @@ def factor(
     router: Learning = "prior",
     test: str | None = None,
     rows: int = 100_000,
-    steps: int = 200,
-    lr: float = 1e-4,
+    steps: int = 300,
+    lr: float = 1e-3,
     router_lr: float = 1e-2,
     seed: int = 0,
 ) -> str:
@@ -126,7 +126,7 @@ def train_slices(
     batches: Sequence[Any],
     learning: Learning,
     steps: int,
-    lr: float = 1e-4,
+    lr: float = 1e-3,
     router_lr: float = 1e-2,
     seed: int = 0,
 ) -> list[float]:

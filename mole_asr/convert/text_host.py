@@ -74,7 +74,7 @@ class TextHost(Host):
         Raises:
             MoleError: there are other parts than dense ones.
         """
-        if self.model.experts.policy != "dense" or self.layers():
+        if self.model.policies or self.layers():
             raise MoleError("relu-steps: the model has layers of experts already; give a dense one")
         new = activations[self.model.config.activation]
         self.model.config = replace(self.model.config, activation=new)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
@@ -43,7 +43,7 @@ def save_text_model(language_model: LanguageModel, folder: str | Path) -> None:
         "format": FORMAT,
         "vocab_size": model.vocab_size,
         "network": asdict(model.config),
-        "experts": asdict(model.experts),
+        "experts": [asdict(each) for each in model.experts],
         "window": language_model.window,
         "major_languages": language_model.major_languages,
     }
@@ -52,7 +52,7 @@ def save_text_model(language_model: LanguageModel, folder: str | Path) -> None:
     write_text(folder / "languages.json", json.dumps(model.languages) + "\n")
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     with atomic_path(folder / "model.safetensors") as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+        save_model(model, str(temporary))  # keeps one copy of a router that layers share
 
 
 def load_text_model(folder: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
@@ -73,7 +73,9 @@ def load_text_model(folder: str | Path, device: str | torch.device = "cpu") -> L
                 "use the tokenizer it was trained with"
             )
         network = _dataclass(NetworkConfig, config["network"], folder)
-        experts = _dataclass(ExpertsConfig, config["experts"], folder)
+        # Models of before 2026-12 have one config for all layers that have experts.
+        configs = config["experts"] if isinstance(config["experts"], list) else [config["experts"]]
+        experts = [_dataclass(ExpertsConfig, each, folder) for each in configs]
         model = TextModel(network, experts, languages, config["vocab_size"])
         rebuild(model, config, put=lambda dense, layer: layer)
         loaded = LanguageModel(model, vocabulary, int(config["window"]), list(config["major_languages"]))
@@ -81,7 +83,7 @@ def load_text_model(folder: str | Path, device: str | torch.device = "cpu") -> L
         raise MoleError(f"{folder / 'config.json'}: no config of ours ({error!r}); copy the folder anew") from None
     path = folder / "model.safetensors"
     try:
-        model.load_state_dict(load_file(path))
+        load_model(model, path)
     except (OSError, SafetensorError) as error:
         raise MoleError(f"{path}: cannot be read ({error}); copy the folder anew") from None
     except RuntimeError as error:

@@ -8,6 +8,7 @@ Letters: B windows, T tokens, S tokens with those of the cache, N valid tokens, 
 head (D / H), F feed-forward width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -19,9 +20,9 @@ from mole_asr.errors import MoleError
 from mole_asr.moe.experts import GATED, Activation, ExpertWeights, feed_forward
 from mole_asr.moe.layer import MoELayer
 from mole_asr.moe.plan import RoutingPlan
-from mole_asr.moe.routers import RoutingContext
+from mole_asr.moe.routers import Router, RoutingContext
 from mole_asr.moe.rows import PackedRows
-from mole_asr.text.policies import ExpertsConfig, make_layer
+from mole_asr.text.policies import ExpertsConfig, by_layer, make_layer
 
 Norm = Literal["rms", "layer"]
 
@@ -269,36 +270,54 @@ class TextModel(nn.Module):
 
     Args:
         config: sizes.
-        experts: which layers have experts, and who chooses them.
+        experts: which layers have experts, and who chooses them; each config is for layers of its own.
         languages: codes, as labels index them.
         vocab_size: V.
 
+    Attributes:
+        policies: the config of each layer that has experts, by its place.
+
     Raises:
-        MoleError: the experts do not fit the sizes or the languages.
+        MoleError: the experts do not fit the sizes, the languages or each other.
     """
 
-    def __init__(self, config: NetworkConfig, experts: ExpertsConfig, languages: list[str], vocab_size: int) -> None:
+    def __init__(
+        self, config: NetworkConfig, experts: Sequence[ExpertsConfig], languages: list[str], vocab_size: int
+    ) -> None:
         super().__init__()
-        self.config, self.experts = config, experts.spelled_out(languages)
+        self.config, self.experts = config, [each.spelled_out(languages) for each in experts]
+        self.policies = by_layer(self.experts, config.num_layers)
+        if config.causal and any(policy.policy == "expert_choice" for policy in self.policies.values()):
+            raise MoleError(
+                "model.experts.policy: with expert_choice a decoder would see what is to come; "
+                "give another, or model.network.causal false"
+            )
         self.languages, self.vocab_size = list(languages), vocab_size
-        D, F = config.d_model, config.d_ff
+        D = config.d_model
         self.embedding = nn.Embedding(vocab_size, D)
         # Larger than usual: as logits begin at about 1, a short training on few texts gets further (in a trial of 120
         # steps on English bytes 3.4 bits a byte, with 0.02 3.7), and routers see tokens that differ.
         nn.init.normal_(self.embedding.weight, std=D**-0.5)
         self.dropout = nn.Dropout(config.dropout)
-        places = experts.places(config.num_layers)
         self.blocks = nn.ModuleList(
-            TransformerLayer(
-                config,
-                layer,
-                make_layer(experts, D, F, config.activation, languages)
-                if layer in places
-                else DenseFeedForward(D, F, config.activation),
-            )
-            for layer in range(config.num_layers)
+            TransformerLayer(config, layer, self._feed_forward(layer)) for layer in range(config.num_layers)
         )
+        self._share_routers()
         self.norm = make_norm(config)
+
+    def _feed_forward(self, layer: int) -> DenseFeedForward | MoELayer:
+        D, F, activation = self.config.d_model, self.config.d_ff, self.config.activation
+        if layer not in self.policies:
+            return DenseFeedForward(D, F, activation)
+        return make_layer(self.policies[layer], D, F, activation, self.languages)
+
+    def _share_routers(self) -> None:
+        """Gives layers of one config the router of the first of them, where the config says so."""
+        first: dict[int, Router | None] = {}
+        for layer, policy in self.policies.items():
+            part = self.blocks[layer].feed_forward
+            if policy.share_router and isinstance(part, MoELayer):
+                part.router = first.setdefault(self.experts.index(policy), part.router)
 
     def forward(
         self,

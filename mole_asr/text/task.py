@@ -1,7 +1,7 @@
 """The Lightning task of a language model: named losses, optimizer and schedule, validation in bits a byte."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,12 @@ class TextTask(ResumableTask):
         window: tokens of a window; taken from the data.
         network: sizes of the model.
         experts: which layers have experts, and who chooses them.
+        more_experts: the same for further layers, each with a policy of its own.
         loss_weights: of the named losses.
         optimizer: learning rates and schedule.
         mask_share: share of the tokens that are hidden from an encoder.
         init_from: folder of a trained model to start from; where it is dense, its feed-forward parts are copied into
-            the experts. Sizes are its own.
+            the experts. `network` is its own, and may repeat it.
         new_activation: with init_from: another activation, such as relu, to adapt to.
         seed: of dropout and masks: step n draws the same numbers in every run, resumed or not.
     """
@@ -68,6 +69,7 @@ class TextTask(ResumableTask):
         window: int,
         network: NetworkConfig = NetworkConfig(),  # noqa: B008 (frozen)
         experts: ExpertsConfig = ExpertsConfig(),  # noqa: B008 (frozen)
+        more_experts: list[ExpertsConfig] = [],  # noqa: B006 (only read)
         loss_weights: TextLossWeights = TextLossWeights(),
         optimizer: OptimizerConfig = OptimizerConfig(adamw_lr=4e-3),  # noqa: B008 (frozen)
         mask_share: float = 0.15,
@@ -86,22 +88,25 @@ class TextTask(ResumableTask):
         if init_from is None:
             if new_activation is not None:
                 raise MoleError("model.new_activation: needs model.init_from; without, give model.network.activation")
-            self.model = TextModel(network, experts, languages, self.vocabulary.size)
+            self.model = TextModel(network, [experts, *more_experts], languages, self.vocabulary.size)
         else:
-            self.model = self._start_from(Path(init_from), network, experts, languages, new_activation)
+            self.model = self._start_from(Path(init_from), network, [experts, *more_experts], languages, new_activation)
         self._reset_meters()
 
     def _start_from(
         self,
         folder: Path,
         network: NetworkConfig,
-        experts: ExpertsConfig,
+        experts: list[ExpertsConfig],
         languages: list[str],
         activation: Activation | None,
     ) -> TextModel:
         old = load_text_model(folder)
-        if network not in (NetworkConfig(), old.model.config):
-            raise MoleError("model.network: with model.init_from, sizes are those of the old model; leave the keys out")
+        theirs = asdict(old.model.config)
+        for name, value in asdict(network).items() if network != NetworkConfig() else ():
+            if value != theirs[name]:
+                todo = "leave model.network out" + (", give model.new_activation" if name == "activation" else "")
+                raise MoleError(f"model.network.{name}: {value} is not the {theirs[name]} of {folder}; {todo}")
         if old.vocabulary.fingerprint != self.vocabulary.fingerprint:
             raise MoleError(f"data.vocabulary: is not that of {folder}; give the same")
         return upcycle(old.model, experts, languages, activation).train()
@@ -127,8 +132,13 @@ class TextTask(ResumableTask):
 
     def on_fit_start(self) -> None:
         """Refuses a curriculum that has nothing to go by."""
-        if self._curriculum is not None and self.model.experts.policy != "adaptive":
+        if self._curriculum is not None and not self._adaptive:
             raise MoleError("data.curriculum: needs model.experts.policy adaptive: it goes by tokens of two experts")
+
+    @property
+    def _adaptive(self) -> list[int]:
+        """The layers whose routers choose one expert or two."""
+        return [layer for layer, policy in self.model.policies.items() if policy.policy == "adaptive"]
 
     @property
     def _curriculum(self) -> Any:
@@ -163,16 +173,15 @@ class TextTask(ResumableTask):
         output, targets_BT = self.predict(batch)
         targets = (targets_BT != IGNORED).sum().clamp(min=1)
         named = {"token": nats(output.logits_BTV, targets_BT).sum() / targets}
-        plans = list(output.plans.values())
-        named |= routing_losses(self.model.experts.policy, plans)
+        named |= routing_losses(self.model.policies, output.plans)
         total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))
-        if self._curriculum is not None:
-            self._curriculum.record(batch.rows_B, two_expert_shares(plans, len(batch)))
         self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=len(batch))
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
-        if self.model.experts.policy == "adaptive":
-            shares_L = two_expert_shares(plans, len(batch)).mean(0)
-            named_shares = zip(output.plans, shares_L, strict=True)
+        if self._adaptive:
+            shares_BL = two_expert_shares([output.plans[layer] for layer in self._adaptive], len(batch))
+            if self._curriculum is not None:
+                self._curriculum.record(batch.rows_B, shares_BL)
+            named_shares = zip(self._adaptive, shares_BL.mean(0), strict=True)
             self.log_dict({f"train/several_share_{layer}": share for layer, share in named_shares})
         return total
 

@@ -70,7 +70,7 @@ def training_step(model: TextModel, batch: TextBatch, precision: torch.dtype) ->
         with torch.autocast(device, precision, enabled=precision != torch.float32):
             output = model(batch.tokens_BS[:, :-1], None, batch.languages_B)
             loss = nats(output.logits_BTV, batch.targets()).mean()
-            routing = routing_losses(model.experts.policy, list(output.plans.values()))
+            routing = routing_losses(model.policies, output.plans)
         total: Tensor = loss + _LEVELLING * routing.get("balance", 0.0)
         total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

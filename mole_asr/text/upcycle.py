@@ -1,5 +1,6 @@
 """A trained dense language model with experts in the place of its feed-forward parts (sparse upcycling)."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mole_asr.errors import MoleError
@@ -12,7 +13,7 @@ from mole_asr.text.policies import ExpertsConfig
 
 
 def upcycle(
-    dense: TextModel, experts: ExpertsConfig, languages: list[str], activation: Activation | None = None
+    dense: TextModel, experts: Sequence[ExpertsConfig], languages: list[str], activation: Activation | None = None
 ) -> TextModel:
     """A model whose experts are copies of the dense parts, with new routers; all else is as it was.
 
@@ -20,28 +21,22 @@ def upcycle(
     what the dense one does. With raw weights it starts weaker, as published (Zheng et al., arXiv 2410.10626).
 
     Args:
-        dense: a trained model; its layers that are to get experts must be dense.
-        experts: the policy of the new model.
+        dense: a trained model; layers that have experts keep them.
+        experts: the policies of the new model.
         languages: codes of the new model.
         activation: another one, such as "relu" to make neurons fall silent for MoEfication; training adapts to it.
 
     Raises:
-        MoleError: the experts would be of another width than the dense parts, or the old model has experts.
+        MoleError: copies of the dense parts would not compute what these do, or the old model has other experts.
     """
-    if experts.expert_d_ff not in (None, dense.config.d_ff):
-        raise MoleError(
-            f"model.experts.expert_d_ff: {experts.expert_d_ff} is not the {dense.config.d_ff} of the dense model; "
-            "leave it out: copies are as wide"
-        )
     config = dense.config if activation is None else replace(dense.config, activation=activation)
     if (config.activation in GATED) != (dense.config.activation in GATED):
         raise MoleError(f"model.new_activation: {activation} does not fit a model with {dense.config.activation}")
-    if dense.experts.policy != "dense" and dense.experts != experts.spelled_out(languages):
-        raise MoleError("model.init_from: that model has experts already; start from a dense one, or keep its experts")
-    sliced = describe(dense)
-    if sliced and (experts.policy != "dense" or config != dense.config):
-        raise MoleError("model.init_from: that model is sliced; `mole-asr convert dense` makes it dense again")
     model = TextModel(config, experts, languages, dense.vocab_size)
+    _check(dense, model)
+    sliced = describe(dense)
+    if sliced and (model.policies or config != dense.config):
+        raise MoleError("model.init_from: that model is sliced; `mole-asr convert dense` makes it dense again")
     rebuild(model, sliced, put=lambda part, layer: layer)
     model = model.to(dense.embedding.weight.dtype)
     old = dense.state_dict()
@@ -51,3 +46,25 @@ def upcycle(
         if isinstance(new_block.feed_forward, MoELayer) and isinstance(old_part, DenseFeedForward):
             fill_experts(new_block.feed_forward.experts, old_part.weights())
     return model
+
+
+def _check(dense: TextModel, model: TextModel) -> None:
+    """Refuses experts that are no copies of the dense parts, and others than the old model has."""
+    for layer, policy in model.policies.items():
+        if layer in dense.policies:
+            continue
+        if policy.expert_d_ff not in (None, dense.config.d_ff):
+            raise MoleError(
+                f"model.experts.expert_d_ff: {policy.expert_d_ff} is not the {dense.config.d_ff} of the dense model; "
+                "leave it out: copies are as wide"
+            )
+        if policy.shared_expert:
+            raise MoleError(
+                "model.experts.shared_expert: beside copies of a dense part it would double the output; leave it out"
+            )
+    for layer, policy in dense.policies.items():
+        if layer not in model.policies or replace(model.policies[layer], layers=policy.layers) != policy:
+            raise MoleError(
+                f"model.init_from: layer {layer} of that model has experts already; start from a dense one, "
+                "or keep its experts"
+            )

@@ -57,13 +57,14 @@ MODELS = {
             "text, SwiGLU",
             "text",
             ("--model.network.activation=swiglu", "--model.network.d_ff=512"),
-            steps=100,
+            steps=300,
             rows=100_000,
             test_rows=12_000,
         ),
-        Model("speech", "recogniser, SiLU", "speech", (), steps=100, rows=60_000, test_rows=8_000),
+        Model("speech", "recogniser, SiLU", "speech", (), steps=200, rows=60_000, test_rows=8_000),
     )
 }
+LR = 3e-3  # of the slices, at most; a third of it keeps less after as many steps
 ROUNDS = 3  # of each timing
 CUT_ROWS = 20_000  # of the training data, by which splits are found
 LEARNINGS: tuple[Learning, ...] = ("oracle", "prior", "end_to_end", "untrained")

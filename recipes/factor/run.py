@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from plan import CONFIG, CUT_ROWS, HERE, MODELS, ROUNDS, WAYS, Model, Way
+from plan import CONFIG, CUT_ROWS, HERE, LR, MODELS, ROUNDS, WAYS, Model, Way
 
 from mole_asr.convert.factor import KINDS, train_slices
 from mole_asr.convert.host import open_host
@@ -69,7 +69,13 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
     batches = host.read(data["train"], settings["rows"], seed)
     tests = host.read(data["test"], settings["test_rows"], seed)
     bench = Bench(host, host.record(batches, CUT_ROWS), tests, ROUNDS)
-    facts = {"model": model.name, **settings, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
+    facts = {
+        "model": model.name,
+        **settings,
+        "lr": LR,
+        "commit": code_version(HERE.parents[1]),
+        "date": str(date.today()),
+    }
     if not results.select(model=model.name, **DENSE):
         results.add([facts | DENSE | bench.dense_facts()])
     for way in missing:
@@ -96,7 +102,7 @@ def factorise(bench: Bench, way: Way, batches: list[object], steps: int, seed: i
     for name, layer in layers.items():
         host.put(name, layer)
     before = host.quality(bench.tests)
-    losses = train_slices(host, bench.parts, batches, way.learning, steps, seed=seed)
+    losses = train_slices(host, bench.parts, batches, way.learning, steps, LR, seed=seed)
     facts = {"share": way.active / way.slices, "score_untrained": round(before.score, 5)}
     return _columns(way) | facts | {"loss": round(losses[-1], 4)} | bench.measure(host, layers)
 

@@ -84,7 +84,7 @@ def own_expert(model: LanguageModel, found: Evaluation) -> list[float] | None:
 def start_shift(dense: LanguageModel, system: System, condition: Condition, texts: dict[str, Sequence[str]]) -> float:
     """The largest change in bits a byte, over languages, that turning the dense model into experts makes by itself."""
     before = evaluate(dense, texts, FEW).bits
-    model = upcycle(dense.model, system.experts(condition), condition.languages).eval()
+    model = upcycle(dense.model, [system.experts(condition)], condition.languages).eval()
     after = evaluate(LanguageModel(model, dense.vocabulary, dense.window, dense.major_languages), texts, FEW).bits
     return round(max((after[code] - before[code] for code in before), key=abs), 6)
 

@@ -45,7 +45,7 @@ def text_folder(tmp_path: Path) -> Callable[..., Path]:
         torch.manual_seed(0)
         known = load_vocabulary(vocabulary)
         network = NetworkConfig(**{"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, **changes})
-        model = TextModel(network, ExpertsConfig(), ["de", "en"], known.size).eval()
+        model = TextModel(network, [ExpertsConfig()], ["de", "en"], known.size).eval()
         save_text_model(LanguageModel(model, known, 32, ["en"]), tmp_path / name)
         return tmp_path / name
 

@@ -343,13 +343,13 @@ def test_labels_come_from_the_dense_part_that_was(text_folder: Callable[..., Pat
 
 def test_a_sliced_language_model_may_be_trained_further(text_folder: Callable[..., Path], texts: Path) -> None:
     host, _ = sliced_host(text_folder(), Cut("random", 4, 2, "centroid"))
-    again = upcycle(host.model, ExpertsConfig(), ["de", "en"])
+    again = upcycle(host.model, [ExpertsConfig()], ["de", "en"])
     batch = host.read(str(texts), 100, 0)[0]
     ids_BT = batch.tokens_BS[:, :-1]
     assert torch.equal(again(ids_BT).logits_BTV, host.model(ids_BT).logits_BTV)
     for experts, activation in ((ExpertsConfig("top_k", num_experts=2), None), (ExpertsConfig(), "reglu")):
         with pytest.raises(MoleError, match="is sliced"):
-            upcycle(host.model, experts, ["de", "en"], activation)
+            upcycle(host.model, [experts], ["de", "en"], activation)
 
 
 def test_a_sliced_recogniser_may_grow(speech: Path) -> None:

@@ -33,7 +33,7 @@ def make_lm(tokenizer: TextTokenizer) -> Make:
         vocabulary = vocabulary or PieceVocabulary(tokenizer)
         torch.manual_seed(0)
         network = NetworkConfig(d_model=16, d_ff=24, num_layers=layers, num_heads=2)
-        model = TextModel(network, experts or ExpertsConfig(), ["en", "fr"], vocabulary.size).double().eval()
+        model = TextModel(network, [experts or ExpertsConfig()], ["en", "fr"], vocabulary.size).double().eval()
         with torch.no_grad():
             model.norm.weight.normal_()  # else a token mostly expects itself again
         return LanguageModel(model, vocabulary, window, [])

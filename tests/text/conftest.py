@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ POLICIES = {
     "dense": ExpertsConfig(),
     "top-1": ExpertsConfig("top_k", num_experts=4, top_k=1),
     "top-2": ExpertsConfig("top_k", num_experts=4, top_k=2),
+    "noisy": ExpertsConfig("noisy_top_k", num_experts=4, top_k=2),
     "adaptive": ExpertsConfig("adaptive", num_experts=4, threshold=0.1),
     "post-moe": ExpertsConfig("forced", layers="last 2", top_k=2),
     "families": ExpertsConfig("forced", layers=[1], top_k=2, expert_of="family"),
+    "shared": ExpertsConfig("top_k", num_experts=4, top_k=1, shared_expert=True),
+    "omni": ExpertsConfig("top_k", num_experts=4, top_k=2, share_router=True),
 }
 
 
@@ -33,10 +36,15 @@ POLICIES = {
 def make_model() -> Callable[..., TextModel]:
     """Makes a small model with weights of its own, the same every time, in float64 and in evaluation mode."""
 
-    def make(experts: ExpertsConfig | None = None, vocab_size: int = VOCAB_SIZE, **changes: Any) -> TextModel:
+    def make(
+        experts: ExpertsConfig | None = None,
+        vocab_size: int = VOCAB_SIZE,
+        more: Sequence[ExpertsConfig] = (),
+        **changes: Any,
+    ) -> TextModel:
         torch.manual_seed(0)
         network = NetworkConfig(**{**NETWORK, **changes})
-        return TextModel(network, experts or ExpertsConfig(), LANGUAGES, vocab_size).double().eval()
+        return TextModel(network, [experts or ExpertsConfig(), *more], LANGUAGES, vocab_size).double().eval()
 
     return make
 

@@ -101,7 +101,7 @@ def test_each_policy_trains_saves_and_loads(
     loaded, task = load_text_model(tmp_path / "run" / "model"), trained[-1]
     assert loaded.model.languages == ["de", "en", "ru"] == loaded.major_languages
     assert loaded.window == 16
-    assert loaded.model.experts == POLICIES[name].spelled_out(loaded.model.languages)
+    assert loaded.model.experts == [POLICIES[name].spelled_out(loaded.model.languages)]
     expected = task.model.state_dict()
     assert all(torch.equal(expected[key], value) for key, value in loaded.model.state_dict().items())
     assert task.trainer.global_step >= 3
@@ -162,7 +162,7 @@ def test_the_loss_is_the_weighted_sum_of_the_published_ones(command: Command, mo
             "adaptive": sum(0.3 * load_balance_loss(p, one_expert_only=True) + 0.2 * router_z_loss(p) for p in plans),
         }
         total = step(task, batch, batch_index)
-        seen.append((total.item(), float((cost + routing[task.model.experts.policy]).detach())))
+        seen.append((total.item(), float((cost + routing[task.model.experts[0].policy]).detach())))
         return total
 
     monkeypatch.setattr(TextTask, "training_step", training_step)
@@ -241,10 +241,10 @@ def test_a_dense_model_becomes_experts(command: Command, texts_file: Path, tmp_p
     fit(command(POLICIES["families"], **changes))
     texts = read_texts(texts_file)
     dense, experts = (load_text_model(tmp_path / run / "model") for run in ("dense", "run"))
-    assert experts.model.experts.policy == "forced"
+    assert experts.model.experts[0].policy == "forced"
     # Nothing was learnt (rates of zero): the function must be that of the dense model.
     assert evaluate(experts, texts).bits == pytest.approx(evaluate(dense, texts).bits, rel=1e-5)
-    with pytest.raises(MoleError, match=r"model\.network: with model\.init_from"):
+    with pytest.raises(MoleError, match=r"model\.network\.d_ff: 8 is not the 24 .*leave model\.network out$"):
         fit(command(output=tmp_path / "other", model__init_from=tmp_path / "dense" / "model", model__network__d_ff=8))
 
 
@@ -265,6 +265,10 @@ def test_pieces_of_a_tokenizer_are_a_vocabulary(
         ({"model__experts__polcy": "top_k"}, ["model.experts.polcy", "did you mean model.experts.policy?"]),
         ({"model__experts__policy": "best"}, ["model.experts.policy", "best"]),
         ({"model__network__num_heads": 5}, ["model.network.d_model: 16"]),
+        ({"model__network__num_head": 5}, ["model.network.num_head", "did you mean model.network.num_heads?"]),
+        ({"model__network__num_heads": "many"}, ["model.network", "many"]),
+        ({"model__more_experts": "[{policy: best}]"}, ["model.more_experts", "best", "adaptive"]),
+        ({"model__more_experts": "[{polcy: top_k}]"}, ["polcy"]),
         ({"data__train_texts": "nowhere.jsonl"}, ["nowhere.jsonl", "prepare texts"]),
         ({"data__languages": "[xx]"}, ["data.languages", "xx"]),
         ({"data__curriculum": "true"}, ["data.curriculum", "adaptive"]),

@@ -2,14 +2,20 @@
 determinism, order of windows, and the corners (one expert, all experts, empty experts, no tokens)."""
 
 from collections.abc import Callable
+from math import ceil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from mole_asr.errors import MoleError
 from mole_asr.moe.layer import MoELayer
-from mole_asr.moe.losses import load_balance_loss
+from mole_asr.moe.losses import importance_loss, load_balance_loss, load_loss, router_z_loss
+from mole_asr.text.checkpoint import LanguageModel, load_text_model, save_text_model
 from mole_asr.text.model import TextModel
 from mole_asr.text.policies import ExpertsConfig, routing_losses
+from mole_asr.text.vocabulary import load_vocabulary
 
 from .conftest import POLICIES, VOCAB_SIZE
 
@@ -77,7 +83,7 @@ def test_the_balance_loss_reaches_routers_alone(make_model: Make, ids_BT: torch.
     for threshold, pulls in ((0.0, True), (1.0, False)):
         model = make_model(ExpertsConfig("adaptive", layers=[2], num_experts=4, threshold=threshold))
         (plan,) = model(ids_BT).plans.values()
-        balance = routing_losses("adaptive", [plan])["balance"]
+        balance = routing_losses(model.policies, {2: plan})["balance"]
         assert torch.equal(balance, load_balance_loss(plan, one_expert_only=True))
         balance.backward()
         (layer,) = moe_layers(model)
@@ -98,20 +104,57 @@ def test_evaluation_is_the_same_twice_and_knows_no_order_of_windows(
 @pytest.mark.parametrize("name", EXPERTS)
 def test_a_chosen_few_or_nobody(make_model: Make, name: str, ids_BT: torch.Tensor) -> None:
     """Routers that send all tokens one way leave other experts empty; a batch without tokens computes nothing."""
-    model = make_model(POLICIES[name]).train()
+    model = make_model(POLICIES[name])
     with torch.no_grad():
         for layer in moe_layers(model):
             layer.router.scores.weight.zero_()  # type: ignore[union-attr]
             layer.experts.w1_EFD[3:] = torch.nan  # of equal scores the first ones win
     output = model(ids_BT)
     assert output.logits_BTV.isfinite().all()
-    loss = sum(routing_losses(model.experts.policy, list(output.plans.values())).values(), output.logits_BTV.sum())
+    loss = sum(routing_losses(model.policies, output.plans).values(), output.logits_BTV.sum())
     loss.backward()
     gradients = [layer.experts.w1_EFD.grad for layer in moe_layers(model)]
     assert all(gradient[3:].eq(0).all() and gradient[0].ne(0).any() for gradient in gradients)
     nothing = model(ids_BT[:, :0], torch.zeros(3, dtype=torch.long))
     assert nothing.logits_BTV.shape == (3, 0, VOCAB_SIZE)
-    assert all(loss == 0 for loss in routing_losses(model.experts.policy, list(nothing.plans.values())).values())
+    assert all(loss == 0 for loss in routing_losses(model.policies, nothing.plans).values())
+
+
+def test_each_layer_can_have_a_policy_of_its_own(make_model: Make, ids_BT: torch.Tensor) -> None:
+    first, last = ExpertsConfig("adaptive", layers=[0], num_experts=4), ExpertsConfig("noisy_top_k", layers="last 1")
+    model = make_model(first, more=[last]).train()
+    assert model.policies == {0: first, 2: last}
+    output = model(ids_BT)
+    losses = routing_losses(model.policies, output.plans)
+    expected = load_balance_loss(output.plans[0], one_expert_only=True)
+    expected = expected + importance_loss(output.plans[2]) + load_loss(output.plans[2])
+    torch.testing.assert_close(losses["balance"], expected)
+    torch.testing.assert_close(losses["router_z"], router_z_loss(output.plans[0]) + router_z_loss(output.plans[2]))
+    with pytest.raises(MoleError, match=r"more_experts: layer 2 has experts already"):
+        make_model(ExpertsConfig("top_k"), more=[last])
+
+
+def test_layers_can_share_a_router(make_model: Make, tmp_path: Path) -> None:
+    """Omni-router: one copy of it is trained and saved; another group of layers has its own."""
+    pair = ExpertsConfig("top_k", layers=[0, 2], num_experts=4, share_router=True)
+    model = make_model(pair, vocab_size=258, more=[ExpertsConfig("top_k", layers=[1], share_router=True)]).float()
+    low, middle, high = (layer.router for layer in moe_layers(model))
+    assert low is high is not middle
+    save_text_model(LanguageModel(model, load_vocabulary("bytes"), 8, ["de"]), tmp_path)
+    assert sum(name.endswith("router.scores.weight") for name in load_file(tmp_path / "model.safetensors")) == 2
+    loaded = load_text_model(tmp_path).model
+    assert loaded.policies == model.policies
+    routers = [layer.router for layer in moe_layers(loaded)]
+    assert routers[0] is routers[2] and torch.equal(routers[2].scores.weight, high.scores.weight)  # type: ignore
+
+
+def test_experts_choose_tokens_in_an_encoder_only(make_model: Make, ids_BT: torch.Tensor) -> None:
+    choice = ExpertsConfig("expert_choice", num_experts=4, top_k=2)
+    encoder = make_model(choice, causal=False)
+    for plan in encoder(ids_BT).plans.values():
+        assert (plan.expert_ids < 4).sum(0).tolist() == [ceil(ids_BT.numel() * 2 / 4)] * 4
+    with pytest.raises(MoleError, match=r"expert_choice a decoder would see what is to come"):
+        make_model(choice)
 
 
 @pytest.mark.parametrize("policy", ["top_k", "adaptive"])

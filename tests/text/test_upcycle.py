@@ -30,8 +30,8 @@ def test_the_upcycled_model_is_the_dense_one(
     make_model: Make, ids_BT: torch.Tensor, experts: ExpertsConfig, activation: str
 ) -> None:
     dense = make_model(activation=activation)
-    model = upcycle(dense, experts, LANGUAGES)
-    assert model.experts.places(3) == experts.places(3)
+    model = upcycle(dense, [experts], LANGUAGES)
+    assert list(model.policies) == experts.places(3)
     expected = dense(ids_BT).logits_BTV
     for mode in (model.eval(), model.train()):
         found = mode(ids_BT, languages_B=torch.tensor([0, 1, 3])).logits_BTV
@@ -40,16 +40,16 @@ def test_the_upcycled_model_is_the_dense_one(
 
 def test_raw_weights_start_weaker(make_model: Make, ids_BT: torch.Tensor) -> None:
     dense = make_model()
-    model = upcycle(dense, ExpertsConfig("forced", renormalize=False), LANGUAGES).eval()
+    model = upcycle(dense, [ExpertsConfig("forced", renormalize=False)], LANGUAGES).eval()
     assert (model(ids_BT).logits_BTV - dense(ids_BT).logits_BTV).abs().max() > 1e-3
 
 
 def test_experts_go_on_as_they_are_and_activations_can_change(make_model: Make, ids_BT: torch.Tensor) -> None:
     experts = ExpertsConfig("top_k", num_experts=4)
     old = make_model(experts, activation="gelu")
-    same = upcycle(old, experts, LANGUAGES).eval()
+    same = upcycle(old, [experts], LANGUAGES).eval()
     assert torch.equal(same(ids_BT).logits_BTV, old(ids_BT).logits_BTV)
-    changed = upcycle(old, experts, LANGUAGES, "relu").eval()
+    changed = upcycle(old, [experts], LANGUAGES, "relu").eval()
     assert all(torch.equal(a, b) for a, b in zip(old.parameters(), changed.parameters(), strict=True))
     assert (changed(ids_BT).logits_BTV - old(ids_BT).logits_BTV).abs().max() > 1e-4
 
@@ -57,8 +57,18 @@ def test_experts_go_on_as_they_are_and_activations_can_change(make_model: Make, 
 def test_what_does_not_fit_is_refused(make_model: Make) -> None:
     dense = make_model()
     with pytest.raises(MoleError, match=r"expert_d_ff: 8 is not the 24"):
-        upcycle(dense, ExpertsConfig("top_k", expert_d_ff=8), LANGUAGES)
+        upcycle(dense, [ExpertsConfig("top_k", expert_d_ff=8)], LANGUAGES)
     with pytest.raises(MoleError, match=r"relu does not fit a model with swiglu"):
-        upcycle(dense, ExpertsConfig(), LANGUAGES, "relu")
+        upcycle(dense, [ExpertsConfig()], LANGUAGES, "relu")
     with pytest.raises(MoleError, match="has experts already"):
-        upcycle(make_model(ExpertsConfig("top_k")), ExpertsConfig("adaptive"), LANGUAGES)
+        upcycle(make_model(ExpertsConfig("top_k")), [ExpertsConfig("adaptive")], LANGUAGES)
+    with pytest.raises(MoleError, match=r"shared_expert: .* double the output"):
+        upcycle(dense, [ExpertsConfig("top_k", shared_expert=True)], LANGUAGES)
+
+
+def test_dense_layers_of_a_model_with_experts_get_experts_too(make_model: Make, ids_BT: torch.Tensor) -> None:
+    first, others = ExpertsConfig("top_k", layers=[0], num_experts=4), ExpertsConfig("forced", layers="last 2")
+    old = make_model(first)
+    model = upcycle(old, [first, others], LANGUAGES).eval()
+    assert list(model.policies) == [0, 1, 2]
+    torch.testing.assert_close(model(ids_BT).logits_BTV, old(ids_BT).logits_BTV, rtol=1e-10, atol=1e-12)
