@@ -64,6 +64,10 @@ _FIT = {"--data.languages": Sequence[str], "--data.major_languages": Sequence[st
 _TRUTH_VALUES = ("true", "false", "yes", "no")
 
 
+class _WrongWordsError(Exception):
+    """The command line of a verb is wrong."""
+
+
 def usage(group: str = "") -> str:
     """The text of `mole-asr --help`, or of `mole-asr prepare --help` and the like."""
     width = max(map(len, VERBS))
@@ -130,9 +134,9 @@ def _run(verb: Verb, words: list[str], program: str) -> int:
         if result is not None and verb.prints:
             print(result)
         sys.stdout.flush()
-    except MoleError as error:
+    except (MoleError, _WrongWordsError) as error:
         print(f"{program}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, _WrongWordsError) else 1
     except BrokenPipeError:  # `mole-asr ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
         return 141
@@ -147,17 +151,23 @@ def _run(verb: Verb, words: list[str], program: str) -> int:
 
 def _call(function: Any, verb: Verb, words: list[str], program: str) -> Any:
     """Parses words by the function's signature and calls it."""
+    from argparse import ArgumentError
     from inspect import signature
 
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=program, description=verb.help)
+    from mole_asr.arguments import explain
+
+    parser = ArgumentParser(prog=program, description=verb.help, exit_on_error=False)
     if verb.several:
         parser.add_argument(verb.several, nargs="+", type=str)
     skip: set[str | int] = {verb.several} if verb.several else set()
     parser.add_function_arguments(function, as_group=False, as_positional=not verb.several, skip=skip)
     kinds = {f"--{name}": parameter.annotation for name, parameter in signature(function).parameters.items()}
-    options = parser.parse_args(_spell([_dashes(word) for word in words], kinds))
+    try:
+        options = parser.parse_args(_spell([_dashes(word) for word in words], kinds))
+    except ArgumentError as error:
+        raise _WrongWordsError(explain(str(error), [name.removeprefix("--") for name in kinds], "--")) from None
     return function(**options.as_dict())
 
 

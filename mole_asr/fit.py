@@ -8,7 +8,7 @@ import yaml
 
 from mole_asr.asr.fit import find_config
 
-_TEXT_KEY = "train_texts"  # of `data`; recognisers have `train_manifest`
+_TEXT_KEY = "train_text"  # start of the key of `data` that says so; recognisers have `train_manifest`
 
 
 def fit(arguments: list[str]) -> None:
@@ -45,4 +45,4 @@ def _names_texts(path: str) -> bool:
     except (OSError, ValueError, yaml.YAMLError):
         return False  # the command line itself says what is wrong with it
     data = config.get("data") if isinstance(config, dict) else None
-    return isinstance(data, dict) and _TEXT_KEY in data
+    return isinstance(data, dict) and any(str(key).startswith(_TEXT_KEY) for key in data)

@@ -163,6 +163,9 @@ def test_an_unknown_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str], w
         (["score", "cuts.jsonl", "cuts.jsonl", "--bye", "language"], "--bye"),
         (["score", "cuts.jsonl", "cuts.jsonl", "--by", "colour"], "colour"),
         (["transcribe", "a.wav"], "model"),
+        (["transcribe", "a.wav", "--model", "m", "--precision", "16"], "one of 32-true, bf16-mixed"),
+        (["score", "cuts.jsonl", "cuts.jsonl", "more.jsonl"], "more.jsonl: is one word too many"),
+        (["transcribe", "a.wav", "--modle", "m"], "did you mean --model?"),
         (["tokenizer", "train", "cuts.jsonl", "out", "--vocab-size", "many"], "many"),
     ],
 )
@@ -171,7 +174,7 @@ def test_a_wrong_command_line_gives_status_2(
 ) -> None:
     status, out, err = run(capsys, *words)
     assert (status, out) == (2, "")
-    assert message in err
+    assert message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

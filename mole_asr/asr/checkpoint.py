@@ -56,6 +56,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     """
     folder = Path(folder)
     config, languages = _read_json(folder / "config.json"), _read_json(folder / "languages.json")
+    if "network" in config:
+        raise MoleError(f"{folder}: holds a language model, not a recogniser; give the folder of one")
     tokenizer = TextTokenizer(folder)
     try:
         model = _build(config, config.get("heard", languages), tokenizer, folder)

@@ -5,9 +5,7 @@ import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterable
 from dataclasses import fields
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from mole_asr.arguments import explain
 from mole_asr.asr.checkpoint import save_model
 from mole_asr.asr.generations import temper
 from mole_asr.asr.task import MoleTask
@@ -160,7 +159,8 @@ class MoleCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise MoleError(_explain(str(error), self._parser("fit").get_defaults().keys())) from None
+            augment = (f"data.augment.{field.name}" for field in fields(AugmentConfig))
+            raise MoleError(explain(str(error), [*self._parser("fit").get_defaults().keys(), *augment])) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs, saves and exports under `output`."""
@@ -184,20 +184,6 @@ class MoleCLI(LightningCLI):
             callbacks=[*callbacks, *(configured if isinstance(configured, list) else [configured])],
             **kwargs,
         )
-
-
-def _explain(message: str, keys: Iterable[str]) -> str:
-    """One line for a complaint of jsonargparse; for an unknown key, with the valid one that is most like it."""
-    key = found[1] if (found := re.search(r'Parser key "(.+?)"', message)) else ""
-    if unknown := re.search(r"accept option '(.+)'|unrecognized arguments: (?:--)?([^ =]+)|Option '(.+)' is", message):
-        name = unknown[1] or unknown[2] or f"{key}.{unknown[3]}"
-        known = [*keys, *(f"data.augment.{field.name}" for field in fields(AugmentConfig))]
-        close = get_close_matches(name, known, n=1)
-        return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "`mole-asr fit --help` lists them")
-    expected = re.findall(r"Expected an? (?:<class '|typing\.)?(.+?)(?:'>)?(?:\. Got|\n|$)", message)
-    if expected and (value := re.search(r"(?:Given|Got) value: (.*)", message)):
-        return f"{key}: {value[1]} is not what is expected there: {' or '.join(expected)}"
-    return " ".join(message.split())
 
 
 def _explain_trainer(message: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mole_asr.asr.language_tokenizer import LanguageEvidence, LanguageTokenizer
 from mole_asr.audio.features import valid_mask
-from mole_asr.corpus.families import family_of
+from mole_asr.corpus.families import KIN, expert_names
 from mole_asr.errors import MoleError
 from mole_asr.moe.experts import Activation
 from mole_asr.moe.layer import MoELayer
@@ -50,8 +50,9 @@ class MixtureConfig:
             2101.03961). "omni": one router for all layers (Omni-router, arXiv 2507.05724). "dense": nobody; there is
             one feed-forward part.
         expert_d_ff: width of each expert, or of the one feed-forward part; null: that of the other feed-forward parts.
-        expert_of: with "language" and "forced": "language" gives each language an expert of its own, "family" each
-            family of `corpus/families.py`; or, for each language, a name: those of one name share an expert.
+        expert_of: with "language" and "forced": "language" gives each language an expert of its own, "family" and
+            "branch" each close or wide kin (`corpus/families.py`); or, for each language, a name: those of one name
+            share an expert.
         num_experts: with "switch" and "omni" the experts of a layer, with "group" those of a language.
         top_k: with "switch", "omni", "group" and "forced" (at least 2 there), how many of them compute a frame.
         routing_unit: "utterance" or "frame" (for code-switching): what the language is decided for.
@@ -90,7 +91,7 @@ class MixtureConfig:
                 self.expert_d_ff is not None and self.expert_d_ff < 1,
                 f"expert_d_ff: {self.expert_d_ff} must be positive",
             ),
-            (families not in ("language", "family"), f"expert_of: {self.expert_of!r} is unknown"),
+            (families not in ("language", *KIN), f"expert_of: {self.expert_of!r} is unknown"),
             (
                 not 1 <= self.top_k <= self.num_experts,
                 f"top_k: {self.top_k} must be 1..{self.num_experts}, the num_experts",
@@ -109,10 +110,7 @@ class MixtureConfig:
 
     def expert_names(self, languages: list[str]) -> list[str]:
         """The name of each language's expert; languages of one name share it."""
-        if self.expert_of == "family":
-            return [family_of(code) for code in languages]
-        names = self.expert_of if isinstance(self.expert_of, dict) else {}
-        return [names.get(code, code) for code in languages]
+        return expert_names(self.expert_of, languages)
 
     def spelled_out(self, languages: list[str]) -> Self:
         """The same config with the expert of each language named, so that it does not depend on our table."""

@@ -63,6 +63,7 @@ def factor(
     steps: int = 300,
     lr: float = 1e-3,
     router_lr: float = 1e-2,
+    device: str = "cpu",
     seed: int = 0,
 ) -> str:
     """Cuts the feed-forward parts of a trained model into few slices and trains slices and routers for a short time.
@@ -86,6 +87,7 @@ def factor(
         steps: optimizer steps.
         lr: learning rate of the slices.
         router_lr: of the routers, which start from nothing.
+        device: where to compute and to time, such as "cuda".
         seed: of all that is drawn.
 
     Returns:
@@ -100,10 +102,8 @@ def factor(
     check_at_least(1, rows=rows)
     check_positive(lr=lr, router_lr=router_lr)
     cut = Cut(split, slices, active_slices(share, slices), KINDS[router], seed)
-    host = open_host(model)
-    parts = host.parts()
-    if not parts:
-        raise MoleError(f"{model}: has no dense feed-forward part to cut; `mole-asr convert dense` undoes a conversion")
+    host = open_host(model, device)
+    parts = host.parts_to_cut(model)
     batches = host.read(data, rows, seed)
     tests = [] if test is None else host.read(test, rows, seed)
     before = host.quality(tests) if tests else None

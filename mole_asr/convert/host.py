@@ -4,6 +4,7 @@ Letters: B batch, T tokens or frames, N valid ones of a batch, V vocabulary, D m
 """
 
 import copy
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,6 +104,21 @@ class Host(ABC):
     @abstractmethod
     def parts(self) -> dict[str, DensePart]:
         """The dense parts that can be sliced, by name, lowest first."""
+
+    def parts_to_cut(self, folder: str | Path) -> dict[str, DensePart]:
+        """The dense parts; there is at least one.
+
+        Args:
+            folder: of the model, for the message.
+
+        Raises:
+            MoleError: there is none.
+        """
+        parts = self.parts()
+        if not parts:
+            hint = "`mole-asr convert dense` undoes the cut that it has" if self.layers() else "its layers have experts"
+            raise MoleError(f"{folder}: has no dense feed-forward part to cut; {hint}")
+        return parts
 
     @abstractmethod
     def put(self, name: str, layer: SlicedLayer) -> None:
@@ -251,14 +267,12 @@ def hidden_activations(part: DensePart, x_ND: Tensor) -> Tensor:
     return activate(z, part.activation)
 
 
-def open_host(folder: str | Path) -> Host:
-    """The host of a model folder, whatever it holds.
+def open_host(folder: str | Path, device: str | torch.device = "cpu") -> Host:
+    """The host of a model folder, whatever it holds, with its model on a device.
 
     Raises:
         MoleError: it holds no model that can be converted.
     """
-    import json
-
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -266,16 +280,22 @@ def open_host(folder: str | Path) -> Host:
         raise MoleError(f"{path}: no such file; give the folder of a trained model") from None
     except ValueError as error:
         raise MoleError(f"{path}: not JSON ({error}); copy the folder anew") from None
+    if not {"format", "model_type"} & set(config):
+        raise MoleError(f"{path}: neither a model of ours nor a Hugging Face checkpoint; give the folder of one")
+    host = _kind_of(config)(folder)
+    host.model.to(device)
+    return host
+
+
+def _kind_of(config: dict[str, Any]) -> Callable[[str | Path], Host]:
     if "format" in config and "network" in config:
         from mole_asr.convert.text_host import TextHost
 
-        return TextHost(folder)
+        return TextHost
     if "format" in config:
         from mole_asr.convert.speech_host import SpeechHost
 
-        return SpeechHost(folder)
-    if "model_type" in config:
-        from mole_asr.convert.huggingface_host import HuggingFaceHost
+        return SpeechHost
+    from mole_asr.convert.huggingface_host import HuggingFaceHost
 
-        return HuggingFaceHost(folder)
-    raise MoleError(f"{path}: neither a model of ours nor a Hugging Face checkpoint; give the folder of one")
+    return HuggingFaceHost

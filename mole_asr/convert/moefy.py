@@ -30,6 +30,7 @@ def moefy(
     relu_steps: int = 0,
     tune_steps: int = 0,
     lr: float = 1e-3,
+    device: str = "cpu",
     seed: int = 0,
 ) -> str:
     """Cuts the feed-forward parts of a trained model into slices, of which a router chooses some for each token.
@@ -55,6 +56,7 @@ def moefy(
         tune_steps: steps of training after the cut, which teach the slices that are chosen to do without the others.
             Not part of MoEfication as published.
         lr: learning rate of these steps.
+        device: where to compute and to time, such as "cuda".
         seed: of all that is drawn.
 
     Returns:
@@ -71,9 +73,8 @@ def moefy(
     check_positive(lr=lr)
     if data is None and (cut.needs_rows or relu_steps or tune_steps):
         raise MoleError("--data: is missing; the router mlp, the split coactivation and trainings learn from data")
-    host = open_host(model)
-    if not host.parts():
-        raise MoleError(f"{model}: has no dense feed-forward part to cut; `mole-asr convert dense` undoes a conversion")
+    host = open_host(model, device)
+    host.parts_to_cut(model)
     batches = [] if data is None else host.read(data, rows, seed)
     tests = [] if test is None else host.read(test, rows, seed)
     before = host.quality(tests) if tests else None
@@ -86,7 +87,7 @@ def moefy(
     for name, layer in layers.items():
         host.put(name, layer)
     if tune_steps:
-        imitate(host, open_host(model), batches, tune_steps, lr, seed)
+        imitate(host, open_host(model, device), batches, tune_steps, lr, seed)
     errors = {} if shown is None else {name: output_error(parts[name], layers[name], shown[name]) for name in parts}
     speed = measure_speed(parts, layers, shown)
     after = host.quality(tests) if tests else None

@@ -98,7 +98,7 @@ class Bench:
 
     def _whole(self, host: Host) -> dict[str, float]:
         ways = {"dense": partial(self.host.forward, self.largest), "sliced": partial(host.forward, self.largest)}
-        device = next(iter(self.heard.values())).device
+        device = next(host.model.parameters()).device
         with quiet(), torch.inference_mode():
             return {name: timing.milliseconds for name, timing in time_in_turn(ways, self.repeat, device).items()}
 
@@ -156,7 +156,7 @@ def tuned_cut(
     return _facts(cut.split, cut.slices, cut.router, cut.active, steps) | bench.measure(host, layers)
 
 
-def check_settings(path: Path, rows: Sequence[Row], settings: Mapping[str, int]) -> None:
+def check_settings(path: Path, rows: Sequence[Row], settings: Mapping[str, int | str]) -> None:
     """Refuses to measure beside rows that come from other settings.
 
     Args:

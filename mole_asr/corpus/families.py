@@ -12,6 +12,10 @@ Armenian), and `qis` (from ISO's codes for private use) languages of a stock tha
 Georgian, Japanese, Korean), and Esperanto. There is no Altaic: Turkic and Mongolian stand apart.
 """
 
+from difflib import get_close_matches
+
+from mole_asr.errors import MoleError
+
 _MEMBERS = {
     "gem": "af da de en fy is lb nb nl nn no sv yi",  # Germanic
     "roa": "ca es fr gl it oc pt rm ro",  # Romance
@@ -77,3 +81,27 @@ def branch_of(language: str) -> str:
     """
     family = family_of(language)
     return _BRANCH.get(family, family)
+
+
+KIN = {"family": family_of, "branch": branch_of}
+"""Groups of languages that may share an expert, by the words of a config's `expert_of`."""
+
+
+def expert_names(expert_of: str | dict[str, str], languages: list[str]) -> list[str]:
+    """The name of each language's expert; languages of one name share it.
+
+    Args:
+        expert_of: "language", a word of `KIN`, or names by language; a language without one has an expert of its own.
+        languages: codes.
+
+    Raises:
+        MoleError: a name is given to a language that is not among these.
+    """
+    if isinstance(expert_of, str):
+        return [KIN[expert_of](code) for code in languages] if expert_of in KIN else list(languages)
+    for code in expert_of:
+        if code not in languages:
+            close = get_close_matches(code, languages, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(languages)}"
+            raise MoleError(f"expert_of: {code!r} is no language of the model; {hint}")
+    return [expert_of.get(code, code) for code in languages]

@@ -24,7 +24,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from mole_asr.corpus.families import branch_of, family_of
+from mole_asr.corpus.families import KIN, expert_names
 from mole_asr.errors import MoleError
 from mole_asr.moe.experts import Activation
 from mole_asr.moe.layer import MoELayer
@@ -40,7 +40,6 @@ from mole_asr.moe.routers import (
 )
 
 Policy = Literal["dense", "top_k", "noisy_top_k", "adaptive", "forced", "expert_choice"]
-_KIN = {"family": family_of, "branch": branch_of}
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class ExpertsConfig:
             f"threshold: {self.threshold:g} must be 0..1": not 0 <= self.threshold <= 1,
             f"expert_d_ff: {self.expert_d_ff} must be positive": self.expert_d_ff is not None and self.expert_d_ff < 1,
             f"expert_of: {self.expert_of!r} is none of language, family and branch, and no name for each language": (
-                isinstance(self.expert_of, str) and self.expert_of not in ("language", *_KIN)
+                isinstance(self.expert_of, str) and self.expert_of not in ("language", *KIN)
             ),
         }
         for message, is_wrong in problems.items():
@@ -128,17 +127,11 @@ class ExpertsConfig:
         """The same config with the expert of each language named, so that it does not depend on our table."""
         if self.policy != "forced":
             return self
-        return replace(self, expert_of=dict(zip(languages, self._names(languages), strict=True)))
-
-    def _names(self, languages: list[str]) -> list[str]:
-        if isinstance(self.expert_of, str) and self.expert_of in _KIN:
-            return [_KIN[self.expert_of](code) for code in languages]
-        names = self.expert_of if isinstance(self.expert_of, dict) else {}
-        return [names.get(code, code) for code in languages]
+        return replace(self, expert_of=dict(zip(languages, expert_names(self.expert_of, languages), strict=True)))
 
     def experts_of(self, languages: list[str]) -> list[int]:
         """With "forced", the number of each language's expert: in the order of their first languages."""
-        names = self._names(languages)
+        names = expert_names(self.expert_of, languages)
         order = list(dict.fromkeys(names))
         return [order.index(name) for name in names]
 

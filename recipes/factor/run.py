@@ -9,6 +9,7 @@ import argparse
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -26,9 +27,10 @@ KEY = ("model", "split", "slices", "router", "active")
 DENSE = {"split": "dense", "slices": 1, "router": "dense", "active": 1}
 
 
-def settings_of(model: Model, options: argparse.Namespace) -> dict[str, int]:
+def settings_of(model: Model, options: argparse.Namespace) -> dict[str, Any]:
     """What decides about the rows of a model, beside their keys."""
     settings = {
+        "device": options.device,
         "seed": options.seeds[0],
         "rows": options.rows or model.rows,
         "test_rows": options.rows or model.test_rows,
@@ -61,7 +63,7 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
     if not missing:
         return
     seed = options.seeds[0]
-    host = open_host(folder_of(model, options))
+    host = open_host(folder_of(model, options), options.device)
     data = {
         split: str(options.data / f"texts_{split}.jsonl" if model.kind == "text" else options.speech_data / name)
         for split, name in (("train", "cuts_train.jsonl"), ("test", "cuts_test.jsonl"))
@@ -125,6 +127,7 @@ def main(words: list[str] | None = None) -> int:
     parser = recipe_parser(__doc__ or "", HERE, "data/texts")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--text-runs", type=Path, default=root / "runs/moefy", help="of language models (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="where cuts are trained and timed (%(default)s)")
     parser.add_argument("--speech", type=Path, default=root / "runs/prompts5/model", help="recogniser (%(default)s)")
     parser.add_argument("--speech-data", type=Path, default=root / "data/prompts5", help="its corpus (%(default)s)")
     parser.add_argument(

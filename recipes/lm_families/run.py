@@ -71,7 +71,7 @@ def measure(
 
 def own_expert(model: LanguageModel, found: Evaluation) -> list[float] | None:
     """Share of the tokens, each layer, that have the expert of their own language or branch among theirs, untold."""
-    experts = model.model.experts
+    experts = model.model.experts[0]
     if experts.policy != "forced":
         return None
     numbers = dict(zip(model.model.languages, experts.experts_of(model.model.languages), strict=True))

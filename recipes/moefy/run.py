@@ -46,10 +46,11 @@ def data_of(model: Model, split: str, options: argparse.Namespace) -> str:
     return str((options.data if model.kind == "text" else options.speech_data) / name)
 
 
-def settings_of(model: Model, options: argparse.Namespace) -> dict[str, int]:
+def settings_of(model: Model, options: argparse.Namespace) -> dict[str, Any]:
     """What decides about the rows of a model, beside their keys."""
     adaptation, training_rows = options.training or ADAPTATION[model.kind]
     settings = {
+        "device": options.device,
         "seed": options.seeds[0],
         "cut_rows": options.rows or CALIBRATION_ROWS,
         "test_rows": options.rows or TEST_ROWS[model.kind],
@@ -92,7 +93,7 @@ def training_data(model: Model, host: Host, options: argparse.Namespace) -> list
 
 def host_of(model: Model, options: argparse.Namespace) -> Host:
     """The dense model, adapted where it is to be."""
-    host = open_host(folder_of(MODELS[model.of], options))
+    host = open_host(folder_of(MODELS[model.of], options), options.device)
     if model.adapted:
         steps = settings_of(model, options)["adaptation_steps"]
         print(f"{model.name}: {steps} steps of adaptation to ReLU", flush=True)
@@ -119,7 +120,7 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
     for split, slices in plain:
         actives = sorted({active_slices(share, slices) for share in SHARES})
         _note(results, [facts | row for row in sweep_cuts(bench, split, slices, actives, ROUTERS, seed)])
-    teacher = open_host(folder_of(MODELS[model.of], options))
+    teacher = open_host(folder_of(MODELS[model.of], options), options.device)
     for split, slices in tuned:
         cut = Cut(split, slices, active_slices(TUNED_SHARE, slices), "mlp", seed)
         _note(results, [facts | tuned_cut(bench, cut, teacher, training_data(model, host, options), steps)])
@@ -152,6 +153,7 @@ def main(words: list[str] | None = None) -> int:
     root = HERE.parents[1]
     parser = recipe_parser(__doc__ or "", HERE, "data/texts")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--device", default="cpu", help="where cuts are trained and timed (%(default)s)")
     parser.add_argument("--speech", type=Path, default=root / "runs/prompts5/model", help="recogniser (%(default)s)")
     parser.add_argument("--speech-data", type=Path, default=root / "data/prompts5", help="its corpus (%(default)s)")
     parser.add_argument("--rows", type=int, help="tokens or frames to cut by and to test on; default: as plan.py says")

@@ -168,6 +168,9 @@ def test_families_share_an_expert(make_model: Callable[..., MoleModel], batch: B
     model = make_model(expert_of="family", routing="true")  # de, en, fr
     assert model.mixture.expert_names == ["gem", "roa"]
     assert model.config.expert_of == {"de": "gem", "en": "gem", "fr": "roa"}
+    assert make_model(expert_of="branch").config.expert_of == model.config.expert_of
+    with pytest.raises(MoleError, match=r"expert_of: 'dee' is no language of the model; did you mean de\?"):
+        make_model(expert_of={"dee": "gem", "en": "gem"})
     output = run(model, batch, told=True)
     assert output.plan.expert_ids[:, 0].tolist() == [0, 0, 0, 1]
     posterior_BN = model.language_posterior(output.language_logits_BN)

@@ -41,11 +41,16 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_folder(tmp_path: Path) -> Callable[..., Path]:
     """Makes the folder of a small language model."""
 
-    def make(name: str = "text", vocabulary: str | Path = "bytes", **changes: Any) -> Path:
+    def make(
+        name: str = "text",
+        vocabulary: str | Path = "bytes",
+        experts: ExpertsConfig = ExpertsConfig(),  # noqa: B008 (frozen)
+        **changes: Any,
+    ) -> Path:
         torch.manual_seed(0)
         known = load_vocabulary(vocabulary)
         network = NetworkConfig(**{"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, **changes})
-        model = TextModel(network, [ExpertsConfig()], ["de", "en"], known.size).eval()
+        model = TextModel(network, [experts], ["de", "en"], known.size).eval()
         save_text_model(LanguageModel(model, known, 32, ["en"]), tmp_path / name)
         return tmp_path / name
 

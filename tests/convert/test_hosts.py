@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from mole_asr.bench.timing import Timing
 from mole_asr.convert.dense import dense
 from mole_asr.convert.host import DrawnRows, Host, draw_rows, open_host
 from mole_asr.convert.slicing import Cut, slice_parts
+from mole_asr.convert.speed import measure_speed
 from mole_asr.errors import MoleError
 from mole_asr.moe.experts import feed_forward
+from mole_asr.text.vocabulary import load_vocabulary
 
 HUGGING_FACE = ["llama", "llama-bias", "bert", "bert-base", "t5", "t5-gated"]
 PARTS = {
@@ -198,7 +201,37 @@ def test_an_encoder_of_texts_hides_the_same_tokens_each_time(texts: Path, text_f
     host = open_host(text_folder(causal=False))
     batches = host.read(str(texts), 200, seed=0)
     assert host.quality(batches) == host.quality(batches)
-    assert 0 < host.predict(batches[0]).count().counted < 0.4 * int(batches[0].lengths_B.sum())
+    batch, read = batches[0], list[torch.Tensor]()
+    host.model.get_submodule("embedding").register_forward_pre_hook(lambda _, found: read.append(found[0]))
+    counted = host.predict(batch).count().counted
+    assert 0 < counted < 0.4 * int(batch.lengths_B.sum())
+    # What is asked is hidden, and nothing else.
+    hidden_BT = read[0] != batch.tokens_BS[:, 1:]
+    assert int((hidden_BT & (batch.targets() >= 0)).sum()) == counted
+    assert read[0][hidden_BT].unique().tolist() == [load_vocabulary("bytes").mask]
+
+
+def test_the_ways_are_timed_by_what_they_are(text_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense part, one expert as wide, and the slices: two of them are the same function, and the third is ours."""
+    host = open_host(text_folder())
+    parts = host.parts()
+    layers = slice_parts(parts, Cut("random", 4, 1, "centroid"))
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def time_in_turn(functions: dict[str, Any], repeat: int, device: torch.device) -> dict[str, Timing]:
+        seen.append({name: function() for name, function in functions.items()})
+        return {name: Timing(milliseconds, 0, 0, None) for name, milliseconds in clock.items()}
+
+    clock = {"dense": 3.0, "dense_tiled": 2.0, "sliced": 0.5}
+    monkeypatch.setattr("mole_asr.convert.speed.time_in_turn", time_in_turn)
+    rows = {name: torch.randn(50, 16) for name in parts}
+    speed = measure_speed(parts, layers, rows, num_rows=50)
+    assert (speed.dense, speed.dense_tiled, speed.sliced, speed.speed_up) == (6.0, 4.0, 1.0, 4.0)
+    for (name, layer), ways in zip(layers.items(), seen, strict=True):
+        torch.testing.assert_close(ways["dense"], parts[name].run(rows[name]))
+        torch.testing.assert_close(ways["dense_tiled"], ways["dense"])
+        torch.testing.assert_close(ways["sliced"], layer(rows[name][None], torch.tensor([50]))[0][0])
+        assert (ways["sliced"] - ways["dense"]).abs().max() > 1e-4
 
 
 def test_batches_of_speech_do_not_begin_with_the_short_ones(speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,7 @@ def test_the_rows_that_stand_in_moefy_may_be_added_to(make: Callable[[str], Reci
     recipe = make("moefy")
     shutil.copy(RECIPES / "moefy" / "config.yaml", tmp_path / "moefy" / "config.yaml")
     results = ResultFile(RECIPES / "moefy" / "results.json", recipe["run"].KEY)
-    options = argparse.Namespace(seeds=[0], steps=None, rows=None, training=None)
+    options = argparse.Namespace(device="cpu", seeds=[0], steps=None, rows=None, training=None)
     for model in recipe["plan"].MODELS.values():
         recipe["run"].check_rows(model, options, results)
     options.rows = 30_000

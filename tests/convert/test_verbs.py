@@ -21,7 +21,7 @@ from mole_asr.decode.ngram import NGRAM_FILE
 from mole_asr.errors import MoleError
 from mole_asr.moe import PseudoLabelRouter
 from mole_asr.moe.experts import feed_forward
-from mole_asr.moe.losses import pseudo_label_loss
+from mole_asr.moe.losses import load_balance_loss, pseudo_label_loss
 from mole_asr.moe.pseudo_labels import prior_approximate_labels
 from mole_asr.text.policies import ExpertsConfig
 from mole_asr.text.upcycle import upcycle
@@ -136,10 +136,24 @@ def test_mistakes_are_named_in_one_line(
 
 def test_what_is_sliced_is_not_sliced_again(text_folder: Callable[..., Path], texts: Path, tmp_path: Path) -> None:
     moefy(str(text_folder()), str(tmp_path / "a"), router="centroid", slices=4)
-    with pytest.raises(MoleError, match="has no dense feed-forward part to cut"):
+    with pytest.raises(MoleError, match=r"has no dense feed-forward part to cut; .* undoes the cut"):
         moefy(str(tmp_path / "a"), str(tmp_path / "b"), router="centroid")
-    with pytest.raises(MoleError, match="has no dense feed-forward part to cut"):
+    with pytest.raises(MoleError, match=r"has no dense feed-forward part to cut; .* undoes the cut"):
         factor(str(tmp_path / "a"), str(tmp_path / "b"), data=str(texts))
+    with pytest.raises(MoleError, match="has no dense feed-forward part to cut; its layers have experts"):
+        moefy(str(text_folder("experts", experts=ExpertsConfig("top_k"))), str(tmp_path / "b"), router="centroid")
+
+
+@pytest.mark.gpu
+def test_the_verbs_run_on_a_gpu(text_folder: Callable[..., Path], texts: Path, speech: Path, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for kind, folder, data in (("text", text_folder(), texts), ("speech", speech / "model", speech / "cuts.jsonl")):
+        options = ["--data", data, "--test", data, "--rows", 300, "--slices", 4, "--device", "cuda"]
+        steps = ["--relu-steps", 2, "--tune-steps", 2]
+        assert run("convert", "moefy", folder, tmp_path / f"{kind}-moefied", *options, *steps) == 0
+        assert run("convert", "factor", folder, tmp_path / f"{kind}-factored", *options, "--steps", 2) == 0
+        assert all(open_host(path, "cuda").layers() for path in tmp_path.glob(f"{kind}-*"))
 
 
 # --- identity, and how much is lost
@@ -260,6 +274,25 @@ def test_the_prior_router_learns_its_labels_and_nothing_else_changes(
     changed = {name for name, tensor in host.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if ".experts." in name or ".router." in name}
     assert all(parameter.requires_grad and parameter.grad is None for parameter in host.model.parameters())
+
+
+def test_the_loss_of_the_slices_is_that_of_the_paper(text_folder: Callable[..., Path], texts: Path) -> None:
+    """Of the task, 0.05 of the route loss and 0.01 of the balance loss, these two summed over layers."""
+    host, parts = sliced_host(text_folder(), Cut("random", 4, 2, "linear"))
+    (batch,) = host.read(str(texts), 60, 0)
+    rows_of = open_host(text_folder()).record([batch])
+    expected = host.predict(batch).loss
+    for name, layer in host.layers().items():
+        # What the layer gets: in the second one not what the dense model gives it.
+        heard: list[torch.Tensor] = []
+        handle = layer.router.register_forward_pre_hook(lambda _, found, heard=heard: heard.append(found[0]))
+        host.predict(batch)
+        handle.remove()
+        plan = layer.router(heard[0])
+        assert len(heard[0]) == len(rows_of[name])
+        expected = expected + 0.05 * route_loss(layer, parts[name], heard[0], plan) + 0.01 * load_balance_loss(plan)
+    (first,) = train_slices(host, parts, [batch], "prior", steps=1)
+    assert first == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("learning", ["prior", "end_to_end", "untrained", "oracle"])

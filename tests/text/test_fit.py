@@ -265,7 +265,7 @@ def test_pieces_of_a_tokenizer_are_a_vocabulary(
         ({"model__experts__polcy": "top_k"}, ["model.experts.polcy", "did you mean model.experts.policy?"]),
         ({"model__experts__policy": "best"}, ["model.experts.policy", "best"]),
         ({"model__network__num_heads": 5}, ["model.network.d_model: 16"]),
-        ({"model__network__num_head": 5}, ["model.network.num_head", "did you mean model.network.num_heads?"]),
+        ({"model__network__num_hads": 5}, ["model.network.num_hads", "did you mean model.network.num_heads?"]),
         ({"model__network__num_heads": "many"}, ["model.network", "many"]),
         ({"model__more_experts": "[{policy: best}]"}, ["model.more_experts", "best", "adaptive"]),
         ({"model__more_experts": "[{polcy: top_k}]"}, ["polcy"]),
@@ -286,7 +286,7 @@ def test_the_config_says_which_kind_of_model_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert is_text(["--data.train_texts", "a.jsonl"])
+    assert is_text(["--data.train_texts", "a.jsonl"]) and is_text(["--data.train_text=a.jsonl"])
     assert not is_text(["--config", "conf/asr/prompts5.yaml"]) and not is_text(["--config=nowhere.yaml"])
     packaged = sorted(path.name for path in (Path(shared.__file__).parents[2] / "conf" / "text").glob("*.yaml"))
     assert "adaptive.yaml" in packaged

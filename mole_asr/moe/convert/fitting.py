@@ -69,6 +69,7 @@ def fit_mlp_router(
 @torch.no_grad()
 def mass_kept(layer: SlicedLayer, x_ND: Tensor) -> float:
     """Share of all activations that lies in the slices which the layer's router chooses; that of the oracle is best."""
+    x_ND = x_ND.to(layer.groups_EF.device)
     mass_NE = activation_mass(x_ND, layer.experts).float()
     assert layer.router is not None
     chosen_NK = layer.router(x_ND).expert_ids.long()

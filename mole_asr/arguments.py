@@ -1,0 +1,28 @@
+"""One line for what is wrong with a command line."""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def explain(message: str, keys: Iterable[str], dashes: str = "") -> str:
+    """A complaint of jsonargparse in one line; for an unknown key, with the valid one that is most like it.
+
+    Args:
+        message: of an `ArgumentError`.
+        keys: that are valid, by their full names.
+        dashes: what stands before a key where the user writes it.
+    """
+    key = found[1] if (found := re.search(r'Parser key "(.+?)"', message)) else ""
+    if extra := re.search(r"unrecognized arguments: ([^- ]\S*)", message):
+        return f"{extra[1]}: is one word too many; `--help` lists what is expected"
+    if unknown := re.search(r"accept option '(.+)'|unrecognized arguments: (?:--)?([^ =]+)|Option '(.+)' is", message):
+        name = unknown[1] or unknown[2] or f"{key}.{unknown[3]}"
+        close = get_close_matches(name, list(keys), n=1)
+        hint = f"did you mean {dashes}{close[0]}?" if close else "`--help` lists them"
+        return f"unknown key {dashes}{name}; {hint}"
+    expected = re.findall(r"Expected an? (?:<class '|typing\.)?(.+?)(?:'>)?(?:\. Got|\n|$)", message)
+    if expected and (value := re.search(r"(?:Given|Got) value: (.*)", message)):
+        choices = " or ".join(re.sub(r"Literal\[(.+)\]", r"one of \1", each).replace("'", "") for each in expected)
+        return f"{dashes}{key}: {value[1]} is not what is expected there: {choices}"
+    return " ".join(message.split())
