@@ -1,5 +1,6 @@
 """The Lightning task of a language model: named losses, optimizer and schedule, validation in bits a byte."""
 
+import sys
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,10 +104,16 @@ class TextTask(ResumableTask):
     ) -> TextModel:
         old = load_text_model(folder)
         theirs = asdict(old.model.config)
-        for name, value in asdict(network).items() if network != NetworkConfig() else ():
-            if value != theirs[name]:
-                todo = "leave model.network out" + (", give model.new_activation" if name == "activation" else "")
-                raise MoleError(f"model.network.{name}: {value} is not the {theirs[name]} of {folder}; {todo}")
+        other = [name for name, value in asdict(network).items() if value != theirs[name]]
+        if other and network == NetworkConfig():  # nothing was given, or what is given anyway: which, no one can tell
+            values = ", ".join(f"{name} {theirs[name]}" for name in other)
+            print(f"model.network is that of {folder}: {values}", file=sys.stderr)
+        elif other:
+            name, todo = other[0], "leave model.network out"
+            todo += ", give model.new_activation" if name == "activation" else ""
+            raise MoleError(
+                f"model.network.{name}: {getattr(network, name)} is not the {theirs[name]} of {folder}; {todo}"
+            )
         if old.vocabulary.fingerprint != self.vocabulary.fingerprint:
             raise MoleError(f"data.vocabulary: is not that of {folder}; give the same")
         return upcycle(old.model, experts, languages, activation).train()

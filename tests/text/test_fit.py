@@ -233,12 +233,15 @@ def test_an_encoder_is_asked_what_it_cannot_see(texts_file: Path) -> None:
     assert torch.equal(targets_BT[asked_BT], batch.tokens_BS[:, 1:][asked_BT])
 
 
-def test_a_dense_model_becomes_experts(command: Command, texts_file: Path, tmp_path: Path) -> None:
+def test_a_dense_model_becomes_experts(
+    command: Command, texts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fit(command(output=tmp_path / "dense", trainer__max_steps=3))
     changes = {f"model__network__{key}": None for key in NETWORK}
     changes |= {"model__init_from": tmp_path / "dense" / "model", "trainer__max_steps": 1}
     changes |= {"model__optimizer__lr": 0.0, "model__optimizer__adamw_lr": 0.0}
     fit(command(POLICIES["families"], **changes))
+    assert f"model.network is that of {tmp_path / 'dense' / 'model'}: d_model 16, d_ff 24" in capsys.readouterr().err
     texts = read_texts(texts_file)
     dense, experts = (load_text_model(tmp_path / run / "model") for run in ("dense", "run"))
     assert experts.model.experts[0].policy == "forced"
