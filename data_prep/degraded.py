@@ -55,8 +55,7 @@ def prepare(manifest: str | Path, output: str | Path, kind: str = "noise") -> No
     if kind == "noise" and len(source) < 2:
         raise MoleError(f"{manifest}: babble is made of other utterances, and it has {len(source)}; give more")
     utterances = []
-    for row in range(len(source)):
-        utterance = source[row]
+    for row, utterance in enumerate(source):
         audio_S = kinds[kind](source, row, _generator(kind, utterance.id))
         # What would not fit into 16 bits is made softer, not clipped: clipping is no part of the task.
         audio_S = audio_S / max(1.0, float(np.abs(audio_S).max()))

@@ -64,7 +64,7 @@ def is_done(output: Path, recipe: str, splits: Sequence[str] = SPLITS) -> bool:
         manifests = [Manifest(manifest_path(output, split)) for split in splits]
     except MoleError:
         return False
-    utterances = (manifest[row] for manifest in manifests for row in range(len(manifest)))
+    utterances = (utterance for manifest in manifests for utterance in manifest)
     return all(clips.wav_samples(utterance.audio_path) == utterance.num_samples for utterance in utterances)
 
 

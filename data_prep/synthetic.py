@@ -157,7 +157,7 @@ def _plan(source: Manifest, copies: int, engines: Sequence[str]) -> tuple[list[_
     able = {language: [engine for engine in engines if _voices(engine, language)] for language in source.languages}
     jobs: list[_Job] = []
     left_out: list[tuple[str, str, str]] = []
-    for utterance in (source[row] for row in range(len(source))):
+    for utterance in source:
         if utterance.text and able.get(utterance.language):
             for copy in range(1, copies + 1):
                 reading = choose(f"{utterance.id}#{copy}", utterance.language, able[utterance.language])

@@ -92,9 +92,7 @@ def summary(output: str | Path, table: _Table) -> str:
     found: Counter[tuple[str, str, str]] = Counter()
     seconds: dict[tuple[str, str, str], float] = defaultdict(float)
     for split in SPLITS:
-        manifest = Manifest(manifest_path(output, split))
-        for row in range(len(manifest)):
-            utterance = manifest[row]
+        for utterance in Manifest(manifest_path(output, split)):
             source = next(name for name in SOURCES if utterance.id.startswith(f"{name}-{utterance.language}-"))
             found[source, utterance.language, split] += 1
             seconds[source, utterance.language, split] += utterance.duration_s
