@@ -16,13 +16,16 @@ def explain(message: str, keys: Iterable[str], dashes: str = "") -> str:
     key = found[1] if (found := re.search(r'Parser key "(.+?)"', message)) else ""
     if extra := re.search(r"unrecognized arguments: ([^- ]\S*)", message):
         return f"{extra[1]}: is one word too many; `--help` lists what is expected"
-    if unknown := re.search(r"accept option '(.+)'|unrecognized arguments: (?:--)?([^ =]+)|Option '(.+)' is", message):
-        name = unknown[1] or unknown[2] or f"{key}.{unknown[3]}"
+    if unknown := re.search(r"accept option '(.+)'|unrecognized arguments: ([^ =]+)|Option '(.+)' is", message):
+        name = (unknown[1] or unknown[2] or f"{key}.{unknown[3]}").lstrip("-")
         close = get_close_matches(name, list(keys), n=1)
         hint = f"did you mean {dashes}{close[0]}?" if close else "`--help` lists them"
         return f"unknown key {dashes}{name}; {hint}"
     expected = re.findall(r"Expected an? (?:<class '|typing\.)?(.+?)(?:'>)?(?:\. Got|\n|$)", message)
     if expected and (value := re.search(r"(?:Given|Got) value: (.*)", message)):
-        choices = " or ".join(re.sub(r"Literal\[(.+)\]", r"one of \1", each).replace("'", "") for each in expected)
+        kinds = [each for each in expected if each != "NoneType"]
+        choices = " or ".join(re.sub(r"Literal\[(.+)\]", r"one of \1", each).replace("'", "") for each in kinds)
         return f"{dashes}{key}: {value[1]} is not what is expected there: {choices}"
+    if missing := re.search(r"the following arguments are required: (.*)", message):
+        return f"{missing[1]}: must be given; `--help` lists what is expected"
     return " ".join(message.split())

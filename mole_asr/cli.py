@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 1 where something failed; 2 where the command line is wrong; 130 after Ctrl-C; 141 where nobody reads on.
+        0; 1 where something failed; 2 where the command line is wrong (of `fit`, which has configs too: 1); 130 after
+        Ctrl-C; 141 where nobody reads on.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):

@@ -128,11 +128,13 @@ class MoleCLI(LightningCLI):
         export: the callback that writes the model folder.
         links: keys of the data that the model takes.
         late_links: those of them that are known when the data are read.
+        inner_keys: those that the parser does not list, as they are inside of a value.
     """
 
     export: type[ExportModel] = ExportRecogniser
     links: tuple[str, ...] = ("tokenizer", "seed")
     late_links: tuple[str, ...] = ("languages",)
+    inner_keys: tuple[str, ...] = tuple(f"data.augment.{field.name}" for field in fields(AugmentConfig))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `output` and `average_decay`, and lets the model take what it shares with the data."""
@@ -159,8 +161,8 @@ class MoleCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            augment = (f"data.augment.{field.name}" for field in fields(AugmentConfig))
-            raise MoleError(explain(str(error), [*self._parser("fit").get_defaults().keys(), *augment])) from None
+            known = [*self._parser("fit").get_defaults().keys(), *self.inner_keys]
+            raise MoleError(explain(str(error), known)) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs, saves and exports under `output`."""

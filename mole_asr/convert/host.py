@@ -105,20 +105,18 @@ class Host(ABC):
     def parts(self) -> dict[str, DensePart]:
         """The dense parts that can be sliced, by name, lowest first."""
 
-    def parts_to_cut(self, folder: str | Path) -> dict[str, DensePart]:
-        """The dense parts; there is at least one.
+    def check_uncut(self, folder: str | Path) -> None:
+        """Refuses a model that has no dense part.
 
         Args:
             folder: of the model, for the message.
 
         Raises:
-            MoleError: there is none.
+            MoleError: it has none.
         """
-        parts = self.parts()
-        if not parts:
+        if not self.parts():
             hint = "`mole-asr convert dense` undoes the cut that it has" if self.layers() else "its layers have experts"
             raise MoleError(f"{folder}: has no dense feed-forward part to cut; {hint}")
-        return parts
 
     @abstractmethod
     def put(self, name: str, layer: SlicedLayer) -> None:
@@ -263,7 +261,7 @@ def _listening(parts: dict[str, DensePart]) -> Iterator[dict[str, Tensor]]:
 def hidden_activations(part: DensePart, x_ND: Tensor) -> Tensor:
     """The activations [N, H] of a part's neurons."""
     weights = part.weights
-    z = nn.functional.linear(x_ND.to(weights.w1_FD.dtype), weights.w1_FD, weights.b1_F)
+    z = nn.functional.linear(x_ND.to(weights.w1_FD), weights.w1_FD, weights.b1_F)
     return activate(z, part.activation)
 
 
@@ -271,8 +269,12 @@ def open_host(folder: str | Path, device: str | torch.device = "cpu") -> Host:
     """The host of a model folder, whatever it holds, with its model on a device.
 
     Raises:
-        MoleError: it holds no model that can be converted.
+        MoleError: it holds no model that can be converted, or there is no such device.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MoleError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from None
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -280,7 +282,7 @@ def open_host(folder: str | Path, device: str | torch.device = "cpu") -> Host:
         raise MoleError(f"{path}: no such file; give the folder of a trained model") from None
     except ValueError as error:
         raise MoleError(f"{path}: not JSON ({error}); copy the folder anew") from None
-    if not {"format", "model_type"} & set(config):
+    if not isinstance(config, dict) or not {"format", "model_type"} & set(config):
         raise MoleError(f"{path}: neither a model of ours nor a Hugging Face checkpoint; give the folder of one")
     host = _kind_of(config)(folder)
     host.model.to(device)

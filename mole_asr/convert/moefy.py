@@ -74,7 +74,7 @@ def moefy(
     if data is None and (cut.needs_rows or relu_steps or tune_steps):
         raise MoleError("--data: is missing; the router mlp, the split coactivation and trainings learn from data")
     host = open_host(model, device)
-    host.parts_to_cut(model)
+    host.check_uncut(model)
     batches = [] if data is None else host.read(data, rows, seed)
     tests = [] if test is None else host.read(test, rows, seed)
     before = host.quality(tests) if tests else None

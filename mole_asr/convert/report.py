@@ -32,7 +32,7 @@ def lines_of(
         lines.append(line + (f", output error {errors[name]:.3f}" if name in errors else ""))
     if speed is not None:
         lines.append(
-            f"feed-forward parts, {speed.rows} rows, one thread: dense {speed.dense:.2f} ms, dense in tiles "
+            f"feed-forward parts, {speed.rows} rows, {speed.place}: dense {speed.dense:.2f} ms, dense in tiles "
             f"{speed.dense_tiled:.2f} ms, sliced {speed.sliced:.2f} ms: {speed.speed_up:.2f} times as fast"
         )
     if before is not None and after is not None:

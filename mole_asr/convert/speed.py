@@ -1,4 +1,4 @@
-"""How fast sliced parts are beside dense ones: timed in turn, in one run, on one thread of a CPU.
+"""How fast sliced parts are beside dense ones: timed in turn, in one run, on one thread of a CPU, or on a GPU.
 
 Letters: N rows, D model width.
 """
@@ -29,12 +29,14 @@ class Speed:
         dense_tiled: by our kernels for one expert, the faster way to compute a dense part.
         sliced: routers included.
         rows: in a batch.
+        place: "one thread", or the kind of device.
     """
 
     dense: float
     dense_tiled: float
     sliced: float
     rows: int
+    place: str = "one thread"
 
     @property
     def speed_up(self) -> float:
@@ -65,7 +67,9 @@ def measure_speed(
             timings = time_in_turn(_ways(parts[name], layer, x_ND), repeat, x_ND.device)
             for way, timing in timings.items():
                 totals[way] += timing.milliseconds
-    return Speed(totals["dense"], totals["dense_tiled"], totals["sliced"], num_rows)
+    device = next(iter(parts.values())).weights.w1_FD.device.type
+    place = "one thread" if device == "cpu" else device
+    return Speed(totals["dense"], totals["dense_tiled"], totals["sliced"], num_rows, place)
 
 
 def _ways(part: DensePart, layer: SlicedLayer, x_ND: Tensor) -> dict[str, Callable[[], object]]:

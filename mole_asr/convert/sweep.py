@@ -162,16 +162,17 @@ def check_settings(path: Path, rows: Sequence[Row], settings: Mapping[str, int |
     Args:
         path: of the file of results.
         rows: of it, with which the new ones would be compared.
-        settings: of the new ones. What a row does not say is not looked at.
+        settings: of the new ones. What a row does not say is not looked at; without a device it is of a CPU.
 
     Raises:
         MoleError: a row says something else.
     """
     for row in rows:
         for name, value in settings.items():
-            if row.get(name, value) != value:
+            old = row.get(name, "cpu" if name == "device" else value)
+            if old != value:
                 raise MoleError(
-                    f"{path}: its rows of {row['model']} come from {name} {row[name]}, not {value}; give the options "
+                    f"{path}: its rows of {row['model']} come from {name} {old}, not {value}; give the options "
                     "that they come from, or another --results"
                 )
 

@@ -95,12 +95,13 @@ def expert_names(expert_of: str | dict[str, str], languages: list[str]) -> list[
         languages: codes.
 
     Raises:
-        MoleError: a name is given to a language that is not among these.
+        MoleError: a name is given to what is none of these, and no language of the table here either.
     """
     if isinstance(expert_of, str):
         return [KIN[expert_of](code) for code in languages] if expert_of in KIN else list(languages)
     for code in expert_of:
-        if code not in languages:
+        base = code.partition("-")[0]
+        if code not in languages and base not in _FAMILY and base not in _BRANCH:
             close = get_close_matches(code, languages, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(languages)}"
             raise MoleError(f"expert_of: {code!r} is no language of the model; {hint}")

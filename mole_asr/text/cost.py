@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from mole_asr.moe.layer import MoELayer
+from mole_asr.moe.routers import LinearRouter
 from mole_asr.moe.statistics import expert_cost
 from mole_asr.text.model import TextModel
 
@@ -44,7 +45,9 @@ def token_cost(model: TextModel, window: int, experts_per_token: dict[int, float
         if isinstance(part, MoELayer):
             cost = expert_cost(part.experts, experts_per_token[layer])
             active -= cost.total_parameters - cost.active_parameters
-            feed_forward += cost.flops_per_row + 2 * (_count(part.router) if part.router is not None else 0)
+            scores = part.router.scores if isinstance(part.router, LinearRouter) else part.router
+            feed_forward += cost.flops_per_row + 2 * (0 if scores is None else _count(scores))
+            active -= 0 if part.router is None or scores is None else _count(part.router) - _count(scores)
         else:
             feed_forward += 2 * _count(part)
     seen = (window + 1) / 2 if model.config.causal else window

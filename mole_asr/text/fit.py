@@ -1,10 +1,13 @@
 """The `fit` verb for language models: the command line of `asr/fit.py` with the task and the data of texts."""
 
+from dataclasses import fields
+
 from lightning.pytorch import LightningModule, Trainer
 
 from mole_asr.asr.fit import ExportModel, MoleCLI, run
 from mole_asr.text.checkpoint import save_text_model
 from mole_asr.text.data import TextDataModule
+from mole_asr.text.policies import ExpertsConfig
 from mole_asr.text.task import TextTask
 
 
@@ -23,6 +26,7 @@ class TextCLI(MoleCLI):
     export = ExportTextModel
     links = ("vocabulary", "window", "seed")
     late_links = ("languages", "major_languages")
+    inner_keys = tuple(f"model.more_experts.{field.name}" for field in fields(ExpertsConfig))
 
 
 def fit(arguments: list[str]) -> None:

@@ -289,7 +289,7 @@ class TextModel(nn.Module):
         self.policies = by_layer(self.experts, config.num_layers)
         if config.causal and any(policy.policy == "expert_choice" for policy in self.policies.values()):
             raise MoleError(
-                "model.experts.policy: with expert_choice a decoder would see what is to come; "
+                "experts.policy: with expert_choice a decoder would see what is to come; "
                 "give another, or model.network.causal false"
             )
         self.languages, self.vocab_size = list(languages), vocab_size

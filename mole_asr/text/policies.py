@@ -94,6 +94,12 @@ class ExpertsConfig:
             f"top_k: {self.top_k} must be 1..{self.num_experts}, the num_experts": (
                 self.policy in ("top_k", "noisy_top_k", "expert_choice") and not 1 <= self.top_k <= self.num_experts
             ),
+            "top_k: 1 gives noisy_top_k a weight of one and its router no gradient of the text; give 2 or more": (
+                self.policy == "noisy_top_k" and self.top_k == 1
+            ),
+            f"renormalize: {self.policy} has one way; leave it out": (
+                self.policy in ("noisy_top_k", "expert_choice") and self.renormalize is not None
+            ),
             f"threshold: {self.threshold:g} must be 0..1": not 0 <= self.threshold <= 1,
             f"expert_d_ff: {self.expert_d_ff} must be positive": self.expert_d_ff is not None and self.expert_d_ff < 1,
             f"expert_of: {self.expert_of!r} is none of language, family and branch, and no name for each language": (
@@ -102,7 +108,7 @@ class ExpertsConfig:
         }
         for message, is_wrong in problems.items():
             if is_wrong:
-                raise MoleError(f"model.experts.{message}")
+                raise MoleError(f"experts.{message}")
 
     def places(self, num_layers: int) -> list[int]:
         """The layers that have experts, ascending.
@@ -120,7 +126,7 @@ class ExpertsConfig:
         else:
             found = sorted(set(self.layers))
         if not found or found[0] < 0 or found[-1] >= num_layers:
-            raise MoleError(f"model.experts.layers: {self.layers} do not exist; the model has {num_layers} layers")
+            raise MoleError(f"experts.layers: {self.layers} do not exist; the model has {num_layers} layers")
         return found
 
     def spelled_out(self, languages: list[str]) -> Self:
@@ -146,7 +152,7 @@ def by_layer(experts: Sequence[ExpertsConfig], num_layers: int) -> dict[int, Exp
     for config in experts:
         for place in config.places(num_layers):
             if place in found:
-                raise MoleError(f"model.more_experts: layer {place} has experts already; name each layer once")
+                raise MoleError(f"experts.layers: layer {place} has experts already; name each once")
             found[place] = config
     return dict(sorted(found.items()))
 
@@ -178,10 +184,10 @@ def _make_router(config: ExpertsConfig, d_model: int, languages: list[str]) -> L
         num_experts = max(experts) + 1
         if num_experts < 2:
             raise MoleError(
-                f"model.experts.expert_of: gives {', '.join(languages)} one expert; two are the least for a choice"
+                f"experts.expert_of: gives {', '.join(languages)} one expert; two are the least for a choice"
             )
         if not 2 <= k <= num_experts:
-            raise MoleError(f"model.experts.top_k: {k} must be 2..{num_experts}, the experts of these languages")
+            raise MoleError(f"experts.top_k: {k} must be 2..{num_experts}, the experts of these languages")
         sums_to_one = config.renormalize is not False
         return ForcedLabelRouter(d_model, num_experts, k, sums_to_one, experts, shared_expert=shared)
     if config.policy == "adaptive":
@@ -199,8 +205,8 @@ def routing_losses(policies: Mapping[int, ExpertsConfig], plans: Mapping[int, Ro
     """Losses of the routers by name, summed over layers: balance and router_z; none where the text alone trains them.
 
     The balance of "top_k" is Switch's; that of "adaptive" counts tokens of one expert only; that of "noisy_top_k" is
-    the squared variation of importance and of load; "forced" and "expert_choice" have no loss but that of the text. All
-    as published.
+    the squared variation of importance and of load; "forced" and "expert_choice" have no loss but that of the text. So
+    they were published, but for one weight of both losses of "noisy_top_k", and router_z, which is ST-MoE's.
 
     Args:
         policies: the config of each layer that has experts, by its place.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from mole_asr.asr.muon import OptimizerConfig, build_optimizer
@@ -31,7 +32,7 @@ class TextLossWeights:
 
     Attributes:
         token: of the next token of a decoder, of the masked tokens of an encoder; a mean over targets.
-        balance: evenness of the load, summed over layers (adaptive gating and Switch: 0.01).
+        balance: evenness of the load, summed over layers (adaptive gating and Switch: 0.01; noisy top-k: 0.1).
         router_z: size of the routers' logits, summed over layers (ST-MoE: 0.001).
     """
 
@@ -107,10 +108,10 @@ class TextTask(ResumableTask):
         other = [name for name, value in asdict(network).items() if value != theirs[name]]
         if other and network == NetworkConfig():  # nothing was given, or what is given anyway: which, no one can tell
             values = ", ".join(f"{name} {theirs[name]}" for name in other)
-            print(f"model.network is that of {folder}: {values}", file=sys.stderr)
+            rank_zero_only(print)(f"model.network is that of {folder}: {values}", file=sys.stderr)
         elif other:
             name, todo = other[0], "leave model.network out"
-            todo += ", give model.new_activation" if name == "activation" else ""
+            todo += ", give model.new_activation" if name == "activation" and activation is None else ""
             raise MoleError(
                 f"model.network.{name}: {getattr(network, name)} is not the {theirs[name]} of {folder}; {todo}"
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.sliced import describe, rebuild
@@ -17,8 +18,9 @@ def upcycle(
 ) -> TextModel:
     """A model whose experts are copies of the dense parts, with new routers; all else is as it was.
 
-    Where a token's weights sum to one (`renormalize`; the default of "forced", and of "top_k" from 2 on) it computes
-    what the dense one does. With raw weights it starts weaker, as published (Zheng et al., arXiv 2410.10626).
+    Where a token's weights sum to one (`renormalize`; "noisy_top_k", the default of "forced", and of "top_k" from 2 on)
+    it computes what the dense one does. With raw weights it starts weaker, as published (Zheng et al., arXiv
+    2410.10626), and with "expert_choice" too, where tokens may have no expert.
 
     Args:
         dense: a trained model; layers that have experts keep them.
@@ -55,12 +57,13 @@ def _check(dense: TextModel, model: TextModel) -> None:
             continue
         if policy.expert_d_ff not in (None, dense.config.d_ff):
             raise MoleError(
-                f"model.experts.expert_d_ff: {policy.expert_d_ff} is not the {dense.config.d_ff} of the dense model; "
-                "leave it out: copies are as wide"
+                f"experts.expert_d_ff: {policy.expert_d_ff} is not the {dense.config.d_ff} of the dense model; leave "
+                f"it out for layer {layer}: copies are as wide"
             )
         if policy.shared_expert:
             raise MoleError(
-                "model.experts.shared_expert: beside copies of a dense part it would double the output; leave it out"
+                f"experts.shared_expert: beside copies of a dense part it would double the output; leave it out for "
+                f"layer {layer}"
             )
     for layer, policy in dense.policies.items():
         if layer not in model.policies or replace(model.policies[layer], layers=policy.layers) != policy:
@@ -68,3 +71,13 @@ def _check(dense: TextModel, model: TextModel) -> None:
                 f"model.init_from: layer {layer} of that model has experts already; start from a dense one, "
                 "or keep its experts"
             )
+    for a, b in combinations(dense.policies, 2):
+        if _share_a_router(model, a, b) and not _share_a_router(dense, a, b):
+            raise MoleError(
+                f"experts.share_router: layers {a} and {b} of that model have a router each; keep them apart"
+            )
+
+
+def _share_a_router(model: TextModel, a: int, b: int) -> bool:
+    parts = [model.blocks[layer].feed_forward for layer in (a, b)]
+    return len({id(part.router) for part in parts if isinstance(part, MoELayer)}) == 1

@@ -35,6 +35,7 @@ def settings_of(model: Model, options: argparse.Namespace) -> dict[str, Any]:
         "rows": options.rows or model.rows,
         "test_rows": options.rows or model.test_rows,
         "steps": options.tuning_steps or model.steps,
+        "lr": LR,
     }
     if model.kind == "text":
         config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
@@ -74,7 +75,6 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
     facts = {
         "model": model.name,
         **settings,
-        "lr": LR,
         "commit": code_version(HERE.parents[1]),
         "date": str(date.today()),
     }

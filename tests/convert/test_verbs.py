@@ -116,6 +116,7 @@ def test_a_hugging_face_model_goes_in_and_out(
         (["factor", "MODEL", "OUT", "--data", "TEXTS", "--rows", "0"], "--rows 0: must be at least 1"),
         (["factor", "MODEL", "OUT", "--data", "TEXTS", "--router-lr", "0"], "--router-lr 0: must be above 0"),
         (["factor", "MODEL", "OUT", "--data", "TEXTS", "--lr", "1e30", "--steps", "9"], "give a lower learning rate"),
+        (["moefy", "MODEL", "OUT", "--router", "oracle", "--device", "abacus"], "--device abacus: cannot be used here"),
         (["dense", "MODEL", "OUT"], "has no slices; it is dense already"),
     ],
 )
@@ -150,7 +151,7 @@ def test_the_verbs_run_on_a_gpu(text_folder: Callable[..., Path], texts: Path, s
         pytest.skip("no CUDA device")
     for kind, folder, data in (("text", text_folder(), texts), ("speech", speech / "model", speech / "cuts.jsonl")):
         options = ["--data", data, "--test", data, "--rows", 300, "--slices", 4, "--device", "cuda"]
-        steps = ["--relu-steps", 2, "--tune-steps", 2]
+        steps = ["--relu-steps", 2, "--tune-steps", 2, "--split", "coactivation"]
         assert run("convert", "moefy", folder, tmp_path / f"{kind}-moefied", *options, *steps) == 0
         assert run("convert", "factor", folder, tmp_path / f"{kind}-factored", *options, "--steps", 2) == 0
         assert all(open_host(path, "cuda").layers() for path in tmp_path.glob(f"{kind}-*"))

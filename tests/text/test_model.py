@@ -184,6 +184,8 @@ def test_experts_stand_in_the_layers_that_the_config_names(make_model: Make) -> 
         (ExpertsConfig, {"policy": "best"}, ["policy", "best", "adaptive"]),
         (ExpertsConfig, {"layers": "last"}, ["layers", "last"]),
         (ExpertsConfig, {"policy": "top_k", "top_k": 9}, ["top_k: 9", "1..8"]),
+        (ExpertsConfig, {"policy": "noisy_top_k", "top_k": 1}, ["top_k: 1", "2 or more"]),
+        (ExpertsConfig, {"policy": "expert_choice", "renormalize": True}, ["renormalize", "expert_choice"]),
         (ExpertsConfig, {"threshold": 2.0}, ["threshold: 2"]),
         (ExpertsConfig, {"expert_of": "script"}, ["expert_of", "script"]),
         (NetworkConfig, {"d_model": 100, "num_heads": 3}, ["d_model: 100", "num_heads 3"]),

@@ -2,14 +2,17 @@
 determinism, order of windows, and the corners (one expert, all experts, empty experts, no tokens)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mole_asr.errors import MoleError
+from mole_asr.moe.experts import feed_forward
 from mole_asr.moe.layer import MoELayer
 from mole_asr.moe.losses import importance_loss, load_balance_loss, load_loss, router_z_loss
 from mole_asr.text.checkpoint import LanguageModel, load_text_model, save_text_model
@@ -73,6 +76,8 @@ def test_the_loss_reaches_router_and_chosen_experts(make_model: Make, name: str,
     for layer, plan in zip(moe_layers(model), output.plans.values(), strict=True):
         assert layer.router is not None
         assert all(parameter.grad.abs().sum() > 0 for parameter in layer.router.parameters())
+        assert (layer.experts.shared_weights() is not None) == POLICIES[name].shared_expert
+        assert all(part.grad.abs().sum() > 0 for part in layer.experts.shared_weights() or () if part is not None)
         chosen = set(plan.expert_ids.flatten().tolist()) - {plan.num_experts}
         reached = {e for e, gradient in enumerate(layer.experts.w1_EFD.grad) if gradient.abs().sum() > 0}
         assert reached == chosen
@@ -104,7 +109,7 @@ def test_evaluation_is_the_same_twice_and_knows_no_order_of_windows(
 @pytest.mark.parametrize("name", EXPERTS)
 def test_a_chosen_few_or_nobody(make_model: Make, name: str, ids_BT: torch.Tensor) -> None:
     """Routers that send all tokens one way leave other experts empty; a batch without tokens computes nothing."""
-    model = make_model(POLICIES[name])
+    model = make_model(POLICIES[name]).train(name != "noisy")  # noise breaks ties
     with torch.no_grad():
         for layer in moe_layers(model):
             layer.router.scores.weight.zero_()  # type: ignore[union-attr]
@@ -115,7 +120,7 @@ def test_a_chosen_few_or_nobody(make_model: Make, name: str, ids_BT: torch.Tenso
     loss.backward()
     gradients = [layer.experts.w1_EFD.grad for layer in moe_layers(model)]
     assert all(gradient[3:].eq(0).all() and gradient[0].ne(0).any() for gradient in gradients)
-    nothing = model(ids_BT[:, :0], torch.zeros(3, dtype=torch.long))
+    nothing = model.train()(ids_BT[:, :0], torch.zeros(3, dtype=torch.long))
     assert nothing.logits_BTV.shape == (3, 0, VOCAB_SIZE)
     assert all(loss == 0 for loss in routing_losses(model.policies, nothing.plans).values())
 
@@ -130,7 +135,7 @@ def test_each_layer_can_have_a_policy_of_its_own(make_model: Make, ids_BT: torch
     expected = expected + importance_loss(output.plans[2]) + load_loss(output.plans[2])
     torch.testing.assert_close(losses["balance"], expected)
     torch.testing.assert_close(losses["router_z"], router_z_loss(output.plans[0]) + router_z_loss(output.plans[2]))
-    with pytest.raises(MoleError, match=r"more_experts: layer 2 has experts already"):
+    with pytest.raises(MoleError, match=r"layer 2 has experts already"):
         make_model(ExpertsConfig("top_k"), more=[last])
 
 
@@ -155,6 +160,29 @@ def test_experts_choose_tokens_in_an_encoder_only(make_model: Make, ids_BT: torc
         assert (plan.expert_ids < 4).sum(0).tolist() == [ceil(ids_BT.numel() * 2 / 4)] * 4
     with pytest.raises(MoleError, match=r"expert_choice a decoder would see what is to come"):
         make_model(choice)
+
+
+@pytest.mark.parametrize("policy", ["top_k", "noisy_top_k", "adaptive", "forced", "expert_choice"])
+def test_a_shared_expert_adds_its_output_to_that_of_the_others(make_model: Make, policy: Any) -> None:
+    config = ExpertsConfig(policy, layers=[1], num_experts=4)
+    causal = policy != "expert_choice"
+    plain, shared = make_model(config, causal=causal), make_model(replace(config, shared_expert=True), causal=causal)
+    shared.load_state_dict(plain.state_dict(), strict=False)
+    ((one,), (both,)) = moe_layers(plain), moe_layers(shared)
+    x_BTD, lengths = torch.randn(2, 5, 16, dtype=torch.float64), torch.tensor([5, 4])
+    weights = both.experts.shared_weights()
+    assert weights is not None
+    added_BTD = feed_forward(x_BTD, weights, "swiglu")
+    added_BTD[1, 4] = 0
+    torch.testing.assert_close(both(x_BTD, lengths)[0], one(x_BTD, lengths)[0] + added_BTD, rtol=1e-9, atol=1e-12)
+
+
+def test_noise_is_for_training(make_model: Make, ids_BT: torch.Tensor) -> None:
+    model = make_model(POLICIES["noisy"])
+    assert torch.equal(model(ids_BT).logits_BTV, model(ids_BT).logits_BTV)
+    first, second = model.train()(ids_BT), model(ids_BT)
+    assert (first.logits_BTV - second.logits_BTV).abs().max() > 1e-4
+    assert all("noise_std" in plan.aux for plan in first.plans.values())
 
 
 @pytest.mark.parametrize("policy", ["top_k", "adaptive"])

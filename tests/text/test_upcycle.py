@@ -1,6 +1,7 @@
 """A dense model turned into experts: the same function where weights sum to one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ Make = Callable[..., TextModel]
         ExpertsConfig("forced", expert_of="family"),
         ExpertsConfig("top_k", num_experts=5, top_k=3),
         ExpertsConfig("adaptive", num_experts=5, renormalize=True),
+        ExpertsConfig("noisy_top_k", num_experts=5),
     ],
-    ids=["post-moe", "families", "top-3", "adaptive"],
+    ids=["post-moe", "families", "top-3", "adaptive", "noisy"],
 )
 def test_the_upcycled_model_is_the_dense_one(
     make_model: Make, ids_BT: torch.Tensor, experts: ExpertsConfig, activation: str
@@ -64,6 +66,9 @@ def test_what_does_not_fit_is_refused(make_model: Make) -> None:
         upcycle(make_model(ExpertsConfig("top_k")), [ExpertsConfig("adaptive")], LANGUAGES)
     with pytest.raises(MoleError, match=r"shared_expert: .* double the output"):
         upcycle(dense, [ExpertsConfig("top_k", shared_expert=True)], LANGUAGES)
+    one, other = (ExpertsConfig("top_k", layers=[layer], share_router=True) for layer in (0, 2))
+    with pytest.raises(MoleError, match="layers 0 and 2 of that model have a router each"):
+        upcycle(make_model(one, more=[other]), [replace(one, layers=[0, 2])], LANGUAGES)
 
 
 def test_dense_layers_of_a_model_with_experts_get_experts_too(make_model: Make, ids_BT: torch.Tensor) -> None:
