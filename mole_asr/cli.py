@@ -164,11 +164,12 @@ def _call(function: Any, verb: Verb, words: list[str], program: str) -> Any:
         parser.add_argument(verb.several, nargs="+", type=str)
     skip: set[str | int] = {verb.several} if verb.several else set()
     parser.add_function_arguments(function, as_group=False, as_positional=not verb.several, skip=skip)
-    kinds = {f"--{name}": parameter.annotation for name, parameter in signature(function).parameters.items()}
+    parameters = signature(function).parameters
+    kinds = {f"--{name}": parameter.annotation for name, parameter in parameters.items()}
     try:
         options = parser.parse_args(_spell([_dashes(word) for word in words], kinds))
     except ArgumentError as error:
-        raise _WrongWordsError(explain(str(error), [name.removeprefix("--") for name in kinds], "--")) from None
+        raise _WrongWordsError(explain(str(error), parameters, "--")) from None
     return function(**options.as_dict())
 
 

@@ -11,7 +11,7 @@ from mole_asr.asr.generations import Generation, generations_of, put_to_sleep, s
 from mole_asr.asr.mixture import MixtureConfig
 from mole_asr.asr.model import EncoderConfig, MoleModel
 from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel
-from mole_asr.corpus.families import family_of
+from mole_asr.corpus.families import expert_names, family_of
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.sliced import describe, rebuild
@@ -57,7 +57,9 @@ def grow_model(
     if model.mixture.kept is not None:
         raise MoleError("the model to start from was pruned; take the one that it was made of")
     config = grown_config(model.config, model.languages, new_languages, expert_of or {})
-    if config.mixture == "forced" and set(config.expert_names(new_languages)) > set(model.mixture.expert_names):
+    if config.mixture == "forced" and set(expert_names(config.expert_of, new_languages)) > set(
+        model.mixture.expert_names
+    ):
         raise MoleError("the model's routers know no new expert; name the one that a new language shares (--family)")
     grown = _wider(model, config, new_languages, new_tokenizer.vocab_size)
     rebuild(grown, describe(model))
@@ -92,7 +94,7 @@ def grown_config(config: Config, languages: list[str], new_languages: list[str],
     Raises:
         MoleError: `expert_of` gives an old language another expert, or names an expert that is not there.
     """
-    names = dict(zip(languages, config.expert_names(languages), strict=True))
+    names = dict(zip(languages, expert_names(config.expert_of, languages), strict=True))
     of_families = any(name not in names for name in names.values())
     for code in new_languages[len(languages) :]:
         own = family_of(code) if of_families else code
@@ -102,8 +104,8 @@ def grown_config(config: Config, languages: list[str], new_languages: list[str],
             raise MoleError(
                 f"expert_of: {code} is no new language; new are {', '.join(new_languages[len(languages) :])}"
             )
-        if name not in config.expert_names(languages):
-            known = ", ".join(dict.fromkeys(config.expert_names(languages)))
+        if name not in expert_names(config.expert_of, languages):
+            known = ", ".join(dict.fromkeys(expert_names(config.expert_of, languages)))
             raise MoleError(f"expert_of: the model has no expert {name!r}; it has {known}")
         names[code] = name
     if all(code == name for code, name in names.items()):

@@ -108,15 +108,11 @@ class MixtureConfig:
             if is_wrong:
                 raise MoleError(f"{cls.section}.{message}; change it in the config")
 
-    def expert_names(self, languages: list[str]) -> list[str]:
-        """The name of each language's expert; languages of one name share it."""
-        return expert_names(self.expert_of, languages)
-
     def spelled_out(self, languages: list[str]) -> Self:
         """The same config with the expert of each language named, so that it does not depend on our table."""
         if self.expert_of == "language":
             return self
-        return replace(self, expert_of=dict(zip(languages, self.expert_names(languages), strict=True)))
+        return replace(self, expert_of=dict(zip(languages, expert_names(self.expert_of, languages), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -219,7 +215,7 @@ class ExpertMixture(nn.Module):
         self.config, self.d_model, self.num_languages = config, d_model, len(languages)
         self.languages = list(languages)
         self.generations: tuple[tuple[int, int], ...] = ()
-        names = config.expert_names(languages)
+        names = expert_names(config.expert_of, languages)
         self.expert_names = list(dict.fromkeys(names))  # in the order of their first languages: growing appends
         own, most = len(self.expert_names) == len(languages), len(self.expert_names)
         few = config.mixture == "forced" and not min(2, most) <= config.top_k <= most

@@ -36,7 +36,7 @@ class Speed:
     dense_tiled: float
     sliced: float
     rows: int
-    place: str = "one thread"
+    place: str
 
     @property
     def speed_up(self) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from mole_asr.moe.layer import MoELayer
-from mole_asr.moe.routers import LinearRouter
+from mole_asr.moe.routers import LinearRouter, Router
 from mole_asr.moe.statistics import expert_cost
 from mole_asr.text.model import TextModel
 
@@ -44,16 +44,20 @@ def token_cost(model: TextModel, window: int, experts_per_token: dict[int, float
         part: Any = block.feed_forward
         if isinstance(part, MoELayer):
             cost = expert_cost(part.experts, experts_per_token[layer])
-            active -= cost.total_parameters - cost.active_parameters
-            scores = part.router.scores if isinstance(part.router, LinearRouter) else part.router
-            feed_forward += cost.flops_per_row + 2 * (0 if scores is None else _count(scores))
-            active -= 0 if part.router is None or scores is None else _count(part.router) - _count(scores)
+            all_of_router, used = (0, 0) if part.router is None else (_count(part.router), _used(part.router))
+            active -= cost.total_parameters - cost.active_parameters + all_of_router - used
+            feed_forward += cost.flops_per_row + 2 * used
         else:
             feed_forward += 2 * _count(part)
     seen = (window + 1) / 2 if model.config.causal else window
     attention = model.config.num_layers * (2 * 4 * D * D + 2 * 2 * D * seen)
     logits = 2 * D * model.vocab_size
     return TokenCost(total, active, feed_forward, feed_forward + attention + logits)
+
+
+def _used(router: Router) -> int:
+    """Parameters of a router that choose at inference; a map of its noise, say, is for training alone."""
+    return _count(router.scores if isinstance(router, LinearRouter) else router)
 
 
 def _count(module: nn.Module) -> int:

@@ -72,12 +72,7 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
     batches = host.read(data["train"], settings["rows"], seed)
     tests = host.read(data["test"], settings["test_rows"], seed)
     bench = Bench(host, host.record(batches, CUT_ROWS), tests, ROUNDS)
-    facts = {
-        "model": model.name,
-        **settings,
-        "commit": code_version(HERE.parents[1]),
-        "date": str(date.today()),
-    }
+    facts = {"model": model.name, **settings, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
     if not results.select(model=model.name, **DENSE):
         results.add([facts | DENSE | bench.dense_facts()])
     for way in missing:

@@ -18,6 +18,8 @@ from mole_asr.asr.w2v_bert import W2vBertConfig
 from mole_asr.asr.wav2vec2 import Wav2Vec2Config
 from mole_asr.asr.whisper import WhisperConfig
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
+from mole_asr.convert.host import Host, open_host
+from mole_asr.convert.slicing import Cut, slice_parts
 from mole_asr.corpus.manifest import Utterance, write_manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer, train_tokenizer
 from mole_asr.text.checkpoint import LanguageModel, save_text_model
@@ -183,3 +185,12 @@ def huggingface_folder(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+def sliced_host(folder: Path, cut: Cut, data: str | None = None) -> tuple[Host, dict[str, Any]]:
+    host = open_host(folder)
+    parts = host.parts()
+    rows = None if data is None else host.record(host.read(data, 300, 0))
+    for name, layer in slice_parts(parts, cut, rows).items():
+        host.put(name, layer)
+    return host, parts
