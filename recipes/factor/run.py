@@ -1,8 +1,8 @@
 """Factorises trained models and measures what they keep and how fast they are; see README.md.
 
-`python recipes/factor/run.py` trains the language model if it is missing (the one of recipes/moefy serves too), then
-cuts, trains for some steps and measures each (model, split, router, active) that results.json lacks. Give the same
-command again after an interruption: what is done stays done.
+`python recipes/factor/run.py` trains the language model if it is missing, then cuts, trains for some steps and
+measures each (model, split, router, active) that results.json lacks. Give the same command again after an interruption:
+what is done stays done.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from plan import CONFIG, CUT_ROWS, HERE, LR, MODELS, ROUNDS, WAYS, Model, Way
+from plan import BASE, CONFIG, CUT_ROWS, HERE, LR, MODELS, ROUNDS, WAYS, Model, Way
 
 from mole_asr.convert.factor import KINDS, train_slices
 from mole_asr.convert.host import open_host
@@ -38,7 +38,7 @@ def settings_of(model: Model, options: argparse.Namespace) -> dict[str, Any]:
         "lr": LR,
     }
     if model.kind == "text":
-        config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+        config = yaml.safe_load(BASE.read_text(encoding="utf-8"))
         settings["model_steps"] = options.steps or config["trainer"]["max_steps"]
     return settings
 
@@ -49,11 +49,11 @@ def folder_of(model: Model, options: argparse.Namespace) -> Path:
         return options.speech
     need_texts(options.data, options.source)
     steps = settings_of(model, options)["model_steps"]
-    words = [f"--config={CONFIG}", *model.words, f"--trainer.max_steps={steps}", f"--data.seed={options.seeds[0]}"]
+    words = [f"--config={BASE}", f"--config={CONFIG}", f"--trainer.max_steps={steps}", f"--data.seed={options.seeds[0]}"]
     texts = {"train": "train", "valid": "dev"}
     words += [f"--data.{key}_texts={options.data / f'texts_{split}.jsonl'}" for key, split in texts.items()]
-    train(options.text_runs / model.name, words)
-    return options.text_runs / model.name / "model"
+    train(options.runs / model.name, words)
+    return options.runs / model.name / "model"
 
 
 def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> None:
@@ -121,7 +121,6 @@ def main(words: list[str] | None = None) -> int:
     root = HERE.parents[1]
     parser = recipe_parser(__doc__ or "", HERE, "data/texts")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
-    parser.add_argument("--text-runs", type=Path, default=root / "runs/moefy", help="of language models (%(default)s)")
     parser.add_argument("--device", default="cpu", help="where cuts are trained and timed (%(default)s)")
     parser.add_argument("--speech", type=Path, default=root / "runs/prompts5/model", help="recogniser (%(default)s)")
     parser.add_argument("--speech-data", type=Path, default=root / "data/prompts5", help="its corpus (%(default)s)")

@@ -43,6 +43,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         config["trainer"] |= {"precision": "32-true", "accelerator": "cpu", "val_check_interval": 2}
         config["trainer"]["enable_progress_bar"] = False
         path.write_text(yaml.safe_dump(config))
+        laid_over = tmp_path / "factor" / "config.yaml"
+        laid_over.write_text(laid_over.read_text().replace("d_ff: 512", "d_ff: 32"))
         monkeypatch.syspath_prepend(str(tmp_path / name))
         return {module: importlib.import_module(module) for module in MODULES}
 
@@ -181,14 +183,16 @@ def test_factor(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = make("factor")
-    shrink(recipe, monkeypatch, {"swiglu": "swiglu"})
+    shrink(recipe, monkeypatch, {})
     ways = [way for way in recipe["plan"].WAYS if way.active == 1 and way.split in ("random", "clusters")]
     for module in ("run", "tables", "pictures"):
         monkeypatch.setattr(recipe[module], "WAYS", ways)
     monkeypatch.setattr(recipe["run"], "ROUNDS", 1)
     main, folder = recipe["run"].main, tmp_path / "factor"
-    words = [*words, "--text-runs", str(tmp_path / "runs"), "--tuning-steps", "3", "--models", "swiglu"]
+    words = [*words, "--tuning-steps", "3", "--models", "swiglu"]
     assert main(words) == 0
+    network = load_text_model(tmp_path / "runs" / "swiglu" / "model").model.config
+    assert network.activation == "swiglu" and network.d_ff == 32
     rows = json.loads((folder / "results.json").read_text())
     assert [row["router"] for row in rows if row["model"] == "swiglu"] == [
         "dense",
