@@ -1,5 +1,6 @@
 """Write files so that nothing half-written ever stands under its final name."""
 
+import fcntl
 import os
 import threading
 from collections.abc import Iterator
@@ -32,3 +33,19 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Waits until no other process holds this folder, and holds it: what is read in it and written anew stays whole.
+
+    Args:
+        folder: is created if missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # which lets it go

@@ -74,7 +74,7 @@ def test_lm_adaptive(
     folder, main = recipe["plan"].HERE, recipe["run"].main
     recipe["run"].ROUNDS = 1
     systems = ["--systems", "dense", "top-2", "adaptive-0.4", "adaptive-shuffled"]
-    assert main([*words, *systems]) == 0
+    assert main([*words, *systems, "--jobs", "2"]) == 0
     table = capsys.readouterr().out.partition("| equal steps")[2]
     rows = rows_of(recipe)
     quality = {row["system"]: row for row in rows if row["kind"] == "quality"}

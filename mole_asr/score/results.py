@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from mole_asr.errors import MoleError
-from mole_asr.files import write_text
+from mole_asr.files import locked, write_text
 
 Row = dict[str, Any]
 
@@ -42,10 +42,11 @@ class ResultFile:
 
     def add(self, rows: Sequence[Row]) -> None:
         """Writes these rows in place of those of the same keys; what other commands wrote meanwhile stays."""
-        self.read()
         new = {self._key_of(row) for row in rows}
-        self.rows = [row for row in self.rows if self._key_of(row) not in new] + list(rows)
-        write_text(self.path, "[\n" + ",\n".join(map(json_line, self.rows)) + "\n]\n")
+        with locked(self.path.parent):
+            self.read()
+            self.rows = [row for row in self.rows if self._key_of(row) not in new] + list(rows)
+            write_text(self.path, "[\n" + ",\n".join(map(json_line, self.rows)) + "\n]\n")
 
     def _key_of(self, row: Row) -> tuple[Any, ...]:
         return tuple(row[name] for name in self.key)

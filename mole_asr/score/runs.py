@@ -16,6 +16,7 @@ from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
+from mole_asr.score.jobs import is_job
 from mole_asr.score.results import ResultFile, read_json
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def train(folder: Path, words: Sequence[str], extra: Sequence[str] = ()) -> floa
     start, before = time.monotonic(), state["seconds"]
     _note(notes, state)  # before all, as a process may be killed
     try:
-        fit([*words, f"--output={folder}", *extra])
+        fit([*words, f"--output={folder}", *extra, *(["--trainer.enable_progress_bar=false"] if is_job() else [])])
         state["done"] = True
     finally:
         state["seconds"] = before + time.monotonic() - start
@@ -172,6 +173,7 @@ def recipe_parser(description: str, here: Path, data: str) -> argparse.ArgumentP
     parser.add_argument("--source", help="folder with the packages of the corpus, where they are fetched already")
     parser.add_argument("--runs", type=Path, default=root / "runs" / here.name, help="folder of the runs (%(default)s)")
     parser.add_argument("--results", type=Path, default=here, help="folder of results.json (%(default)s)")
+    parser.add_argument("--jobs", type=_positive_number, default=1, help="trainings side by side, on as many cores")
     parser.add_argument("--table", action="store_true", help="train nothing: only write the tables into README.md")
     parser.add_argument("--pictures", action="store_true", help="train nothing: only draw the pictures")
     return parser
@@ -212,6 +214,7 @@ def run_recipe(
         results = ResultFile(options.results / "results.json", key)
         if not (options.table or options.pictures):
             measure(options, results)
+            results.read()
         if options.pictures or not options.table:
             draw(results, options.results)
         if options.table or not options.pictures:

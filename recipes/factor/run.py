@@ -20,6 +20,7 @@ from mole_asr.convert.host import open_host
 from mole_asr.convert.slicing import Cut, slice_parts
 from mole_asr.convert.sweep import Bench, at_hand, check_settings
 from mole_asr.errors import MoleError
+from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
 from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
 
@@ -49,7 +50,12 @@ def folder_of(model: Model, options: argparse.Namespace) -> Path:
         return options.speech
     need_texts(options.data, options.source)
     steps = settings_of(model, options)["model_steps"]
-    words = [f"--config={BASE}", f"--config={CONFIG}", f"--trainer.max_steps={steps}", f"--data.seed={options.seeds[0]}"]
+    words = [
+        f"--config={BASE}",
+        f"--config={CONFIG}",
+        f"--trainer.max_steps={steps}",
+        f"--data.seed={options.seeds[0]}",
+    ]
     texts = {"train": "train", "valid": "dev"}
     words += [f"--data.{key}_texts={options.data / f'texts_{split}.jsonl'}" for key, split in texts.items()]
     train(options.runs / model.name, words)
@@ -108,8 +114,8 @@ def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
     """All models, that of speech only where there is one."""
     if len(options.seeds) > 1:
         raise MoleError("--seeds: give one")
-    for name in at_hand({name: MODELS[name].kind for name in options.models}, options.speech):
-        measure(MODELS[name], options, results)
+    names = at_hand({name: MODELS[name].kind for name in options.models}, options.speech)
+    do_all(measure, [(MODELS[name], options, results) for name in names], options.jobs)
 
 
 def main(words: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import yaml
 from plan import BASE, HERE, SYSTEMS, System
 
 from mole_asr.errors import MoleError
+from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
 from mole_asr.score.runs import code_version, need_texts, read_test_texts, recipe_parser, run_recipe, step_words, train
 from mole_asr.text.checkpoint import load_text_model
@@ -34,14 +35,14 @@ def config() -> dict[str, Any]:
     return yaml.safe_load(BASE.read_text(encoding="utf-8"))
 
 
+def steps_of(options: argparse.Namespace) -> int:
+    """Steps of each training."""
+    return options.steps or config()["trainer"]["max_steps"]
+
+
 def measure(system: System, seed: int, options: argparse.Namespace, results: ResultFile) -> None:
-    """Trains and evaluates one system, where results.json lacks it."""
-    steps = options.steps or config()["trainer"]["max_steps"]
-    if others := sorted({row["steps"] for row in results.rows if "steps" in row} - {steps}):
-        raise MoleError(f"{results.path}: its rows come from {others[0]} steps, not {steps}: give --steps {others[0]}")
-    if results.select(system=system.name, seed=seed, kind="quality"):
-        return
-    need_texts(options.data, options.source)
+    """Trains and evaluates one system."""
+    steps = steps_of(options)
     print(f"\n== {system.name}, seed {seed}", flush=True)
     folder = options.runs / system.name / f"seed{seed}"
     words = [f"--config={path}" for path in (BASE, system.config_path)]
@@ -91,9 +92,19 @@ def measure_speed(names: list[str], options: argparse.Namespace, results: Result
 
 def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
     """What results.json lacks; all models are timed anew when one is new."""
-    for seed in options.seeds:
-        for name in options.systems:
-            measure(SYSTEMS[name], seed, options, results)
+    steps = steps_of(options)
+    if others := sorted({row["steps"] for row in results.rows if "steps" in row} - {steps}):
+        raise MoleError(f"{results.path}: its rows come from {others[0]} steps, not {steps}: give --steps {others[0]}")
+    calls = [
+        (SYSTEMS[name], seed, options, results)
+        for seed in options.seeds
+        for name in options.systems
+        if not results.select(system=name, seed=seed, kind="quality")
+    ]
+    if calls:
+        need_texts(options.data, options.source)
+    do_all(measure, calls, options.jobs)
+    results.read()
     timed = {row["system"] for row in results.select(kind="speed")}
     names = [name for name in SYSTEMS if results.select(system=name, seed=options.seeds[0], kind="quality")]
     if options.speed or set(names) - timed:

@@ -14,6 +14,7 @@ from typing import Any
 from plan import CONDITIONS, HERE, START, SYSTEMS, Condition, System, read
 
 from mole_asr.errors import MoleError
+from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
 from mole_asr.score.runs import code_version, need_texts, read_test_texts, recipe_parser, run_recipe, step_words, train
 from mole_asr.text.checkpoint import LanguageModel, load_text_model
@@ -34,21 +35,27 @@ def fit_words(condition: Condition, seed: int, stage: str, options: argparse.Nam
     return words + ([] if options.steps is None else step_words(options.steps, read("base")["trainer"]))
 
 
+def name_of(system: System | None) -> str:
+    """In results.json."""
+    return START if system is None else system.name
+
+
+def stage_of(system: System | None) -> str:
+    """Name of the config that says how long it is trained."""
+    return START if system is None else "continued"
+
+
+def steps_of(system: System | None, options: argparse.Namespace) -> int:
+    """Steps of its training."""
+    return options.steps or read(stage_of(system))["trainer"]["max_steps"]
+
+
 def measure(
     condition: Condition, system: System | None, seed: int, options: argparse.Namespace, results: ResultFile
 ) -> None:
-    """Trains and evaluates one system, or the dense model that all start from, where results.json lacks it."""
-    name = START if system is None else system.name
-    stage = START if system is None else "continued"
-    steps = options.steps or read(stage)["trainer"]["max_steps"]
+    """Trains and evaluates one system, or the dense model that all start from."""
+    name, stage = name_of(system), stage_of(system)
     key = {"condition": condition.name, "system": name, "seed": seed}
-    if old := results.select(**key):
-        if old[0]["steps"] != steps:
-            raise MoleError(
-                f"{results.path}: {name} was trained for {old[0]['steps']} steps, not {steps}: give --steps"
-            )
-        return
-    need_texts(options.data, options.source)
     print(f"\n== {condition.title}, {name}, seed {seed}", flush=True)
     folder = options.runs / condition.name / name / f"seed{seed}"
     start = options.runs / condition.name / START / f"seed{seed}" / "model"
@@ -60,7 +67,7 @@ def measure(
     model = load_text_model(folder / "model")
     found = evaluate(model, chosen, condition.windows)
     data = read("base")["data"]
-    row: dict[str, Any] = {**key, "steps": steps, **quality(model, found)}
+    row: dict[str, Any] = {**key, "steps": steps_of(system, options), **quality(model, found)}
     row |= training(folder, model, found, data["window"] * data["batch_windows"])
     row |= {"own_expert": own_expert(model, found)}
     if system is not None:
@@ -91,10 +98,31 @@ def start_shift(dense: LanguageModel, system: System, condition: Condition, text
 
 def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
     """What results.json lacks."""
-    for seed in options.seeds:
-        for condition in options.conditions:
-            for name in (START, *options.systems):
-                measure(CONDITIONS[condition], SYSTEMS.get(name), seed, options, results)
+    for systems in ([None], [SYSTEMS[name] for name in options.systems]):  # all go on from the first
+        calls = [
+            (CONDITIONS[condition], system, seed, options, results)
+            for seed in options.seeds
+            for condition in options.conditions
+            for system in systems
+            if lacks(results, condition, system, seed, options)
+        ]
+        if calls:
+            need_texts(options.data, options.source)
+        do_all(measure, calls, options.jobs)
+
+
+def lacks(results: ResultFile, condition: str, system: System | None, seed: int, options: argparse.Namespace) -> bool:
+    """Whether a row is missing.
+
+    Raises:
+        MoleError: it is there, and comes from other steps.
+    """
+    old = results.select(condition=condition, system=name_of(system), seed=seed)
+    if old and old[0]["steps"] != (steps := steps_of(system, options)):
+        raise MoleError(
+            f"{results.path}: {name_of(system)} was trained for {old[0]['steps']} steps, not {steps}: give --steps"
+        )
+    return not old
 
 
 def main(words: list[str] | None = None) -> int:

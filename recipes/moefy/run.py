@@ -33,6 +33,8 @@ from mole_asr.convert.slicing import Cut, active_slices
 from mole_asr.convert.sweep import Bench, at_hand, check_settings, sweep_cuts, tuned_cut
 from mole_asr.convert.training import relu_adaptation
 from mole_asr.errors import MoleError
+from mole_asr.moe.convert.splits import Split
+from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
 from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
 
@@ -76,7 +78,6 @@ def folder_of(model: Model, options: argparse.Namespace) -> Path:
     """The folder of a dense model; language models are trained where they are missing."""
     if model.kind == "speech":
         return options.speech
-    need_texts(options.data, options.source)
     steps = settings_of(model, options)["model_steps"]
     words = [f"--config={CONFIG}", *model.words, f"--trainer.max_steps={steps}", f"--data.seed={options.seeds[0]}"]
     splits = {"train": "train", "valid": "dev"}
@@ -102,14 +103,24 @@ def host_of(model: Model, options: argparse.Namespace) -> Host:
     return host
 
 
+def tuning_steps(model: Model, options: argparse.Namespace) -> int:
+    """Steps of the training of a cut."""
+    return options.training[0] if options.training else TUNING[model.kind]
+
+
+def lacking(
+    model: Model, options: argparse.Namespace, results: ResultFile
+) -> tuple[list[tuple[Split, int]], list[tuple[Split, int]]]:
+    """Splits and numbers of slices that results.json lacks as they are cut, and tuned."""
+    steps = tuning_steps(model, options)
+    plain = [cut for cut in model.cuts if not _has(results, model, *cut, tuned=0)]
+    return plain, [cut for cut in model.cuts if cut[0] in TUNED and not _has(results, model, *cut, tuned=steps)]
+
+
 def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> None:
     """All cuts of a model that results.json lacks."""
-    check_rows(model, options, results)
-    steps = options.training[0] if options.training else TUNING[model.kind]
-    plain = [cut for cut in model.cuts if not _has(results, model, *cut, tuned=0)]
-    tuned = [cut for cut in model.cuts if cut[0] in TUNED and not _has(results, model, *cut, tuned=steps)]
-    if not plain and not tuned:
-        return
+    plain, tuned = lacking(model, options, results)
+    steps = tuning_steps(model, options)
     host, seed, settings = host_of(model, options), options.seeds[0], settings_of(model, options)
     rows = host.record(host.read(data_of(model, "train", options), settings["cut_rows"], seed))
     tests = host.read(data_of(model, "test", options), settings["test_rows"], seed)
@@ -140,8 +151,16 @@ def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
     """All models, those of speech only where there is one."""
     if len(options.seeds) > 1:
         raise MoleError("--seeds: give one")
-    for name in at_hand({name: MODELS[name].kind for name in options.models}, options.speech):
-        measure(MODELS[name], options, results)
+    models = [MODELS[n] for n in at_hand({n: MODELS[n].kind for n in options.models}, options.speech)]
+    for model in models:
+        check_rows(model, options, results)
+    models = [model for model in models if any(lacking(model, options, results))]
+    if any(model.kind == "text" for model in models):
+        need_texts(options.data, options.source)
+    # Two of them may be cuts of one model, which is trained before.
+    do_all(folder_of, [(MODELS[name], options) for name in dict.fromkeys(model.of for model in models)], options.jobs)
+    longest_first = sorted(models, key=lambda model: (model.kind != "speech", not model.adapted))
+    do_all(measure, [(model, options, results) for model in longest_first], options.jobs)
 
 
 def main(words: list[str] | None = None) -> int:
