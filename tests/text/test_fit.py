@@ -29,6 +29,8 @@ from .conftest import NETWORK, POLICIES
 
 Command = Callable[..., list[str]]
 EPOCHS = 2
+ENCODER = {"model__network__causal": "false"}
+EXPERT_CHOICE_BELOW = {"model__more_experts": "[{policy: expert_choice, num_experts: 4, layers: [0]}]", **ENCODER}
 
 
 @pytest.fixture
@@ -121,9 +123,17 @@ def test_each_policy_trains_saves_and_loads(
     [
         ("adaptive", {"data__curriculum": "true", "data__temperature": 2.0, "model__network__dropout": 0.1}),
         ("post-moe", {"average_decay": 0.9, "trainer__gradient_clip_val": 1.0}),
-        ("dense", {"model__network__causal": "false"}),
+        ("dense", ENCODER),
+        ("omni", {}),
+        ("adaptive", {"data__curriculum": "true", "model__experts__layers": "last 2", **EXPERT_CHOICE_BELOW}),
     ],
-    ids=["curriculum, resampled languages, dropout", "forced labels, average", "encoder"],
+    ids=[
+        "curriculum, resampled languages, dropout",
+        "forced labels, average",
+        "encoder",
+        "one router for all layers",
+        "curriculum, expert choice below adaptive",
+    ],
 )
 @pytest.mark.parametrize("kill_at", [5, -1], ids=["first epoch", "last epoch"])
 def test_a_killed_run_ends_as_an_uninterrupted_one(
