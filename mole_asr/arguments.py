@@ -14,8 +14,8 @@ def explain(message: str, keys: Iterable[str], dashes: str = "") -> str:
         dashes: what stands before a key where the user writes it.
     """
     key = found[1] if (found := re.search(r'Parser key "(.+?)"', message)) else ""
-    if extra := re.search(r"unrecognized arguments: ([^- ]\S*)", message):
-        return f"{extra[1]}: is one word too many; `--help` lists what is expected"
+    if extra := re.search(r"unrecognized arguments: ([^-\s].*?)(?= --|\n|$)", message):  # a file name may have blanks
+        return f"{extra[1]}: is too much; `--help` lists what is expected"
     if unknown := re.search(r"accept option '(.+)'|unrecognized arguments: ([^ =]+)|Option '(.+)' is", message):
         name = (unknown[1] or unknown[2] or f"{key}.{unknown[3]}").lstrip("-")
         close = get_close_matches(name, list(keys), n=1)

@@ -164,7 +164,7 @@ def test_an_unknown_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str], w
         (["score", "cuts.jsonl", "cuts.jsonl", "--by", "colour"], "colour"),
         (["transcribe", "a.wav"], "model"),
         (["transcribe", "a.wav", "--model", "m", "--precision", "16"], "one of 32-true, bf16-mixed"),
-        (["score", "cuts.jsonl", "cuts.jsonl", "more.jsonl"], "more.jsonl: is one word too many"),
+        (["score", "cuts.jsonl", "cuts.jsonl", "more cuts.jsonl"], "more cuts.jsonl: is too much"),
         (["transcribe", "a.wav", "--modle", "m"], "did you mean --model?"),
         (["tokenizer", "train", "cuts.jsonl", "out", "--vocab-size", "many"], "many"),
     ],
