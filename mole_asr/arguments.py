@@ -4,6 +4,10 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from mole_asr.errors import MoleError
+
+_SEEDS = 2**63
+
 
 def explain(message: str, keys: Iterable[str], dashes: str = "") -> str:
     """A complaint of jsonargparse in one line; for an unknown key, with the valid one that is most like it.
@@ -29,3 +33,13 @@ def explain(message: str, keys: Iterable[str], dashes: str = "") -> str:
     if missing := re.search(r"the following arguments are required: (.*)", message):
         return f"{missing[1]}: must be given; `--help` lists what is expected"
     return " ".join(message.split())
+
+
+def check_seed(seed: int) -> None:
+    """Refuses what no generator of random numbers takes.
+
+    Raises:
+        MoleError: it is none of 0 to 2^63 - 1.
+    """
+    if not 0 <= seed < _SEEDS:
+        raise MoleError(f"--seed {seed}: must be from 0 to {_SEEDS - 1}")

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mole_asr.errors import MoleError
+
+_UMASK = os.umask(0)  # it cannot be read without being set
+os.umask(_UMASK)
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -24,6 +29,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{writer}.part{path.suffix}")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_UMASK)  # safetensors' files are for their owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -49,3 +55,19 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)  # which lets it go
+
+
+def check_output_folder(output: str | Path, model: str | Path) -> None:
+    """Refuses, before any work is done, an output folder that the result cannot be written to.
+
+    Args:
+        output: folder of the new model.
+        model: folder of the old one, which must stay.
+
+    Raises:
+        MoleError: it is that of the old model, or a file.
+    """
+    if Path(output).resolve() == Path(model).resolve():
+        raise MoleError(f"output {output}: is the old model; give another folder")
+    if Path(output).exists() and not Path(output).is_dir():
+        raise MoleError(f"output {output}: is a file; give a folder")

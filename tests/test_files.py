@@ -21,6 +21,13 @@ def test_two_threads_may_write_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt").read_text() in ("one", "two")
 
 
+def test_others_may_read_what_a_library_made_private(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    with atomic_path(tmp_path / "a.safetensors") as temporary:
+        temporary.touch(mode=0o600)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
     write_text(tmp_path / "deep" / "a.txt", "old")
     with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "deep" / "a.txt") as temporary:

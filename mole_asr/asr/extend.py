@@ -9,6 +9,7 @@ from mole_asr.corpus.languages import check_language
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.decode.ngram import NGRAM_FILE, load_ngrams, save_ngrams
 from mole_asr.errors import MoleError
+from mole_asr.files import check_output_folder
 
 
 def extend(
@@ -43,8 +44,7 @@ def extend(
     new = list(dict.fromkeys(check_language(code) for code in languages))
     if not new:
         raise MoleError("languages: name at least one, such as --languages nl")
-    if Path(output).resolve() == Path(model).resolve():
-        raise MoleError(f"output {output}: is the old model; give another folder")
+    check_output_folder(output, model)
     old, old_tokenizer = load_model(model)
     for code in new:
         if code in old.languages:

@@ -7,6 +7,7 @@ from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.generations import keep_languages
 from mole_asr.decode.ngram import NGRAM_FILE, load_ngrams, save_ngrams
 from mole_asr.errors import MoleError
+from mole_asr.files import check_output_folder
 
 
 def prune(model: str, output: str, *, languages: Sequence[str]) -> str:
@@ -31,8 +32,7 @@ def prune(model: str, output: str, *, languages: Sequence[str]) -> str:
     Raises:
         MoleError: the model cannot be read, has not one of the languages, or has no experts of languages.
     """
-    if Path(output).resolve() == Path(model).resolve():
-        raise MoleError(f"output {output}: is the old model; give another folder")
+    check_output_folder(output, model)
     whole, tokenizer = load_model(model)
     before = sum(p.numel() for p in whole.parameters())
     for code in languages:

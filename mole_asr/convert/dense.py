@@ -1,9 +1,8 @@
 """The `convert dense` verb: slices back to dense feed-forward parts."""
 
-from pathlib import Path
-
 from mole_asr.convert.host import open_host
 from mole_asr.errors import MoleError
+from mole_asr.files import check_output_folder
 
 
 def dense(model: str, output: str) -> str:
@@ -23,8 +22,7 @@ def dense(model: str, output: str) -> str:
     Raises:
         MoleError: the model cannot be read, has no slices, or cannot be dense.
     """
-    if Path(output).resolve() == Path(model).resolve():
-        raise MoleError(f"output {output}: is the old model; give another folder")
+    check_output_folder(output, model)
     host = open_host(model)
     layers = host.layers()
     if not layers:

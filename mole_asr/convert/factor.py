@@ -3,18 +3,19 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mole_asr.arguments import check_seed
 from mole_asr.convert.host import DensePart, Host, open_host
 from mole_asr.convert.report import lines_of
 from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
 from mole_asr.convert.training import check_at_least, check_positive, train
 from mole_asr.errors import MoleError
+from mole_asr.files import check_output_folder
 from mole_asr.moe.convert.sliced import RouterKind, SlicedLayer
 from mole_asr.moe.convert.splits import Split
 from mole_asr.moe.experts import feed_forward
@@ -96,9 +97,9 @@ def factor(
     Raises:
         MoleError: the model or the data cannot be read, or they and the options do not fit together.
     """
-    if Path(output).resolve() == Path(model).resolve():
-        raise MoleError(f"output {output}: is the old model; give another folder")
+    check_output_folder(output, model)
     check_at_least(0, steps=steps)
+    check_seed(seed)
     check_at_least(1, rows=rows)
     check_positive(lr=lr, router_lr=router_lr)
     cut = Cut(split, slices, active_slices(share, slices), KINDS[router], seed)

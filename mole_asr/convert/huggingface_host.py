@@ -278,7 +278,8 @@ class HuggingFaceHost(Host):
                 for path in folder.glob(pattern):
                     path.unlink()
             for path in Path(written).iterdir():
-                os.replace(path, folder / path.name)
+                with atomic_path(folder / path.name) as temporary:
+                    os.replace(path, temporary)
         # As it was, but for the activation: transformers would write it anew, in the words of its own version.
         write_text(folder / CONFIG, json.dumps(self.values, indent=2) + "\n")
 

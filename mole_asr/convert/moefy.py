@@ -1,16 +1,17 @@
 """The `convert moefy` verb: a trained model whose feed-forward parts compute some of their neurons (MoEfication)."""
 
-from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
+from mole_asr.arguments import check_seed
 from mole_asr.convert.host import draw_rows, open_host
 from mole_asr.convert.report import lines_of
 from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
 from mole_asr.convert.training import check_at_least, check_positive, imitate, relu_adaptation
 from mole_asr.errors import MoleError
+from mole_asr.files import check_output_folder
 from mole_asr.moe.convert.splits import Split
 
 _SHOWN_ROWS = 4096
@@ -65,11 +66,11 @@ def moefy(
     Raises:
         MoleError: the model or the data cannot be read, or they and the options do not fit together.
     """
-    if Path(output).resolve() == Path(model).resolve():
-        raise MoleError(f"output {output}: is the old model; give another folder")
+    check_output_folder(output, model)
     cut = Cut(split, slices, active_slices(share, slices), router, seed)
     check_at_least(0, relu_steps=relu_steps, tune_steps=tune_steps)
     check_at_least(1, rows=rows)
+    check_seed(seed)
     check_positive(lr=lr)
     if data is None and (cut.needs_rows or relu_steps or tune_steps):
         raise MoleError("--data: is missing; the router mlp, the split coactivation and trainings learn from data")

@@ -74,6 +74,17 @@ class TextTokenizer:
         """Returns the token ids of a text."""
         return self._processor.encode(text)
 
+    @property
+    def unknown_id(self) -> int:
+        """The id of letters that no piece has; a tokenizer with byte fallback never gives it."""
+        return self._processor.unk_id()
+
+    def unknown(self, text: str) -> list[str]:
+        """Returns the runs of letters of a text that no piece has."""
+        pieces = self._processor.encode(text, out_type=str)
+        pairs = zip(pieces, self.encode(text), strict=True)
+        return [piece.replace(_SPACE, " ") for piece, token in pairs if token == self.unknown_id]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids; blanks vanish, unknown tokens become " ⁇ "."""
         return self._processor.decode([int(i) for i in ids])

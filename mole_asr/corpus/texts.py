@@ -28,13 +28,22 @@ def read_texts(path: str | Path) -> dict[str, list[str]]:
         try:
             entry = json.loads(line)
             text, language = entry["text"], entry["language"]
-            if not (isinstance(text, str) and isinstance(language, str)):
+            if not (isinstance(text, str) and isinstance(language, str) and is_unicode(text) and is_unicode(language)):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
             raise MoleError(f'{path}: line {number} is no JSON object with "text" and "language"') from None
         if text:
             texts.setdefault(language, []).append(text)
     return dict(sorted(texts.items()))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON and command lines may hold half a surrogate pair, which no file can."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def holds_texts(path: str | Path) -> bool:

@@ -29,7 +29,7 @@ class BitsMeter:
     """Sums what texts cost, by language.
 
     Bits a byte = sum of -log2 p(token) / bytes of the texts, UTF-8, a separator counting as one byte: it does not
-    depend on how a vocabulary cuts the texts.
+    depend on how a vocabulary cuts the texts. Letters that it cannot spell are counted in neither sum.
 
     Args:
         num_languages: L.

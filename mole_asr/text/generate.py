@@ -2,6 +2,8 @@
 
 import torch
 
+from mole_asr.arguments import check_seed
+from mole_asr.corpus.texts import is_unicode
 from mole_asr.errors import MoleError
 from mole_asr.text.checkpoint import LanguageModel, load_text_model
 from mole_asr.text.model import KeyValueCache
@@ -14,7 +16,7 @@ def generate(
 
     Args:
         model: folder of a trained language model.
-        prompt: text to go on from; may be empty.
+        prompt: text to go on from; may be empty. Behind `--` it may begin with a dash.
         tokens: how many to write; a line break ends a sentence, and the next one follows.
         temperature: of the choice; 0 takes the likeliest token.
         top_k: only so many likeliest tokens are drawn from.
@@ -24,13 +26,18 @@ def generate(
         The prompt and what follows.
 
     Raises:
-        MoleError: the model cannot be read, is an encoder, or a number is out of range.
+        MoleError: the model cannot be read, is an encoder, lacks letters of the prompt, or a number is out of range.
     """
     for name, value, least in (("tokens", tokens, 0), ("temperature", temperature, 0), ("top_k", top_k, 1)):
-        if value < least:
+        if not value >= least:  # a temperature may be no number
             raise MoleError(f"--{name} {value}: must be at least {least}")
+    check_seed(seed)
+    if not is_unicode(prompt):
+        raise MoleError("prompt: is not UTF-8")
     loaded = load_text_model(model)
     vocabulary = loaded.vocabulary
+    if unspelled := vocabulary.unspelled(prompt):
+        raise MoleError(f"prompt: the tokenizer of {model} lacks {' '.join(unspelled)}")
     ids = [vocabulary.separator, *vocabulary.encode(prompt).tolist()]
     return vocabulary.decode(write_on(loaded, ids, tokens, temperature, top_k, seed)[1:])
 
@@ -50,13 +57,14 @@ def write_on(
     model, window = language_model.model, language_model.window
     if not model.config.causal:
         raise MoleError("the model is an encoder; only a decoder (model.network.causal true) writes text")
-    generator = torch.Generator().manual_seed(seed)
+    generator, vocabulary = torch.Generator().manual_seed(seed), language_model.vocabulary
+    never = [vocabulary.mask] if vocabulary.unknown is None else [vocabulary.mask, vocabulary.unknown]
     ids, cache, unread = list(ids), KeyValueCache(), list(ids)[-window:]
     for _ in range(tokens):
         if len(cache) + len(unread) > window:
             cache, unread = KeyValueCache(), ids[-max(1, window // 2) :]
         logits_V = model(torch.tensor([unread]), cache=cache).logits_BTV[0, -1].float()
-        logits_V[language_model.vocabulary.mask] = -torch.inf
+        logits_V[never] = -torch.inf
         unread = [_draw(logits_V, temperature, top_k, generator)]
         ids += unread
     return ids

@@ -16,7 +16,8 @@ def perplexity(model: str, file: str) -> str:
 
     Returns:
         A table: sentences, bytes and bits a byte of each language, and the means of the major, of the minor and of all
-        languages. A sentence's line break counts as one byte.
+        languages. A sentence's line break counts as one byte; letters that the model's tokenizer lacks are not counted,
+        and the table says how many bytes they are.
 
     Raises:
         MoleError: the model or the texts cannot be read, or the model is an encoder.
@@ -24,13 +25,19 @@ def perplexity(model: str, file: str) -> str:
     language_model, texts = load_text_model(model), read_texts(file)
     if not texts:
         raise MoleError(f"{file}: holds no text")
-    bits = evaluate(language_model, texts).bits
+    found = evaluate(language_model, texts)
+    bits = found.bits
     rows = [("language", "sentences", "bytes", "bits a byte")]
+    lacking: dict[str, int] = {}
     for code, value in bits.items():
         size = sum(len(text.encode("utf-8")) + 1 for text in texts[code])
-        rows.append((code, f"{len(texts[code])}", f"{size}", f"{value:.4f}"))
+        lacking |= {code: size - found.sizes[code]} if size > found.sizes[code] else {}
+        rows.append((code, f"{len(texts[code])}", f"{found.sizes[code]}", f"{value:.4f}"))
     means = major_and_minor(bits, language_model.major_languages)
     rows += [(f"mean, {name}", "", "", f"{means[name]:.4f}") for name in ("major", "minor", "all") if name in means]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    if lacking:
+        left_out = ", ".join(f"{code} {size}" for code, size in lacking.items())
+        lines.append(f"not counted: bytes of letters that the tokenizer of {model} lacks: {left_out}")
     return "\n".join(lines)

@@ -18,17 +18,23 @@ class Vocabulary(ABC):
         size: V, number of ids.
         separator: id between sentences; a text begins behind one.
         mask: id that hides a token from an encoder.
+        unknown: id of letters that cannot be spelled; None where all can.
         fingerprint: bytes that two vocabularies share where they are the same.
     """
 
     size: int
     separator: int
     mask: int
+    unknown: int | None = None
     fingerprint: bytes
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """int64 ids of a text, without separators."""
+
+    def unspelled(self, text: str) -> list[str]:
+        """The runs of letters that become the id `unknown`."""
+        return []
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -70,10 +76,15 @@ class PieceVocabulary(Vocabulary):
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
         self.size, self.mask, self.fingerprint = tokenizer.vocab_size + 1, tokenizer.vocab_size, tokenizer.model
+        self.unknown = tokenizer.unknown_id
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of the pieces."""
         return np.array(self.tokenizer.encode(text), np.int64)
+
+    def unspelled(self, text: str) -> list[str]:
+        """What the tokenizer has no piece for; with byte fallback nothing."""
+        return self.tokenizer.unknown(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; each line is decoded by itself."""

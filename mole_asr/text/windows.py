@@ -26,8 +26,8 @@ class TextBatch:
 
     Attributes:
         tokens_BS: int64; inputs are the first T, targets the last T; padded at the end with separators.
-        byte_shares_BS: float32 bytes that each token stands for, zero at padding: a sentence's UTF-8 bytes and one for
-            its separator, spread evenly over its tokens.
+        byte_shares_BS: float32 bytes that each token stands for: a sentence's UTF-8 bytes and one for its separator,
+            spread evenly over its tokens. Zero at padding, and of letters that the vocabulary cannot spell.
         lengths_B: int64, targets that are no padding.
         languages_B: int64, -1 for a language that the model has not.
         rows_B: int64, numbers of the windows.
@@ -45,12 +45,8 @@ class TextBatch:
         return len(self.lengths_B)
 
     def targets(self) -> Tensor:
-        """int64 [B, T], the next token of each; -1 at padding."""
-        targets_BT = self.tokens_BS[:, 1:]
-        if not self.padded:
-            return targets_BT
-        places_T = torch.arange(targets_BT.shape[1], device=targets_BT.device)
-        return targets_BT.where(places_T < self.lengths_B[:, None], IGNORED)
+        """int64 [B, T], the next token of each; -1 at padding, and where it is a letter that cannot be spelled."""
+        return self.tokens_BS[:, 1:].where(self.byte_shares_BS[:, 1:] > 0, IGNORED)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TextBatch":
         """A copy with every tensor on `device`."""
@@ -156,6 +152,8 @@ def _stream(sentences: Sequence[str], vocabulary: Vocabulary) -> tuple[np.ndarra
     for sentence in sentences:
         ids = np.append(vocabulary.encode(sentence), separator)
         tokens.append(ids)
-        size = len(sentence.encode("utf-8")) + 1
-        shares.append(np.full(len(ids), size / len(ids), np.float32))
+        size, spelled = len(sentence.encode("utf-8")) + 1, ids != vocabulary.unknown
+        if not spelled.all():
+            size -= sum(len(run.encode("utf-8")) for run in vocabulary.unspelled(sentence))
+        shares.append(np.where(spelled, size / spelled.sum(), 0).astype(np.float32))
     return np.concatenate(tokens), np.concatenate(shares)

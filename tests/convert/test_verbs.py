@@ -81,6 +81,9 @@ def test_a_hugging_face_model_goes_in_and_out(
     ("words", "message"),
     [
         (["moefy", "MODEL", "MODEL", "--router", "centroid"], "is the old model"),
+        (["moefy", "MODEL", "TEXTS", "--router", "centroid"], "texts.jsonl: is a file; give a folder"),
+        (["factor", "MODEL", "OUT", "--data", "TEXTS", "--seed", "-1"], "--seed -1: must be from 0"),
+        (["moefy", "MODEL", "OUT", "--data", "TEXTS", "--seed", str(2**70)], f"--seed {2**70}: must be from 0"),
         (["moefy", "MODEL", "OUT"], "--data: is missing"),
         (["moefy", "MODEL", "OUT", "--router", "oracle", "--relu-steps", "5"], "--data: is missing"),
         (["moefy", "MODEL", "OUT", "--router", "oracle", "--slices", "7"], "32 neurons cannot be cut into 7"),

@@ -78,7 +78,20 @@ def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentencepiece tokenizer with byte fallback."""
-    folder = tmp_path_factory.mktemp("tokenizer")
+    folder = _trained_on(tmp_path_factory.mktemp("tokenizer"))
+    train_tokenizer(folder / "texts.jsonl", folder, vocab_size=300, model_type="bpe")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def letters_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of single letters, those of the texts alone."""
+    folder = _trained_on(tmp_path_factory.mktemp("letters"))
+    train_tokenizer(folder / "texts.jsonl", folder, model_type="char", byte_fallback=False)
+    return folder
+
+
+def _trained_on(folder: Path) -> Path:
     texts = ["the dog runs fast and a dog", "der hund läuft schnell und die und der"]
     write_manifest(
         (
@@ -87,5 +100,4 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         folder / "texts.jsonl",
     )
-    train_tokenizer(folder / "texts.jsonl", folder, vocab_size=300, model_type="bpe")
     return folder

@@ -80,6 +80,52 @@ def test_the_table_is_that_of_the_meter(folder: Path, texts_file: Path, capsys: 
     assert lines[6] == ["mean,", "all", f"{sum(bits.values()) / 3:.4f}"]
 
 
+def test_letters_without_a_piece_are_told_and_never_written(
+    make_model: Make, letters_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocabulary = load_vocabulary(letters_folder)
+    model, folder = make_model(vocab_size=vocabulary.size).float(), str(tmp_path / "model")
+    with torch.no_grad():
+        model.embedding.weight[vocabulary.unknown] *= 100
+    save_text_model(LanguageModel(model, vocabulary, 8, []), folder)
+    assert generate(folder, "a dog", tokens=40, temperature=2.0, top_k=1000).startswith("a dog")
+    assert "⁇" not in generate(folder, "a dog", tokens=40, temperature=2.0, top_k=1000)
+    with pytest.raises(MoleError, match=r"prompt: the tokenizer of .*model lacks H 123"):
+        generate(folder, "Hello 123")
+    texts = {"en": ["a dog", "a 日本 dog"], "de": ["und"]}
+    lines = [json.dumps({"text": text, "language": code}) for code, each in texts.items() for text in each]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    assert main(["perplexity", folder, str(tmp_path / "texts.jsonl")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[2].split()[:3] == ["en", "2", str(len("a dog\na  dog\n"))]
+    assert shown[-1] == f"not counted: bytes of letters that the tokenizer of {folder} lacks: en 6"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--temperature", ".nan"], "--temperature nan: must be at least 0"),
+        (["--seed", str(2**64)], f"--seed {2**64}: must be from 0"),
+        (["--seed=-1"], "--seed -1: must be from 0"),
+        (["\udcff"], "prompt: is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_written_on_is_told(
+    folder: Path, words: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = [] if words[0].startswith("\udcff") else ["a"]
+    assert main(["generate", str(folder), *prompt, *words]) == 1
+    shown = capsys.readouterr().err.strip()
+    assert part in shown and "\n" not in shown
+
+
+def test_half_a_surrogate_pair_is_no_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a", "language": "en"}\n{"text": "\\ud800", "language": "en"}\n')
+    assert main(["perplexity", str(folder), str(path)]) == 1
+    assert f"{path}: line 2 is no JSON object" in capsys.readouterr().err
+
+
 def test_an_encoder_neither_writes_nor_has_bits(make_model: Make, tmp_path: Path, texts_file: Path) -> None:
     model = make_model(causal=False, vocab_size=258).float()
     save_text_model(LanguageModel(model, load_vocabulary("bytes"), 8, []), tmp_path)

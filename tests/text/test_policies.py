@@ -24,6 +24,10 @@ from .conftest import POLICIES, VOCAB_SIZE
 
 Make = Callable[..., TextModel]
 EXPERTS = [name for name in POLICIES if name != "dense"]
+CHOICE = ExpertsConfig("expert_choice", num_experts=4)
+every_policy = pytest.mark.parametrize(
+    "config", [*(POLICIES[name] for name in EXPERTS), CHOICE], ids=[*EXPERTS, "expert choice"]
+)
 
 
 def moe_layers(model: TextModel) -> list[MoELayer]:
@@ -67,16 +71,23 @@ def test_a_forced_label_displaces_the_lower_pick_only(make_model: Make, name: st
     assert changed.any() and not changed.all()
 
 
-@pytest.mark.parametrize("name", EXPERTS)
-def test_the_loss_reaches_router_and_chosen_experts(make_model: Make, name: str, ids_BT: torch.Tensor) -> None:
+def model_of(make_model: Make, config: ExpertsConfig) -> TextModel:
+    """A decoder, or an encoder where experts choose."""
+    return make_model(config, causal=config != CHOICE)
+
+
+@every_policy
+def test_the_loss_reaches_router_and_chosen_experts(
+    make_model: Make, config: ExpertsConfig, ids_BT: torch.Tensor
+) -> None:
     """The weights carry the gradient, of one expert a token too; an expert that nobody chose has none."""
-    model = make_model(POLICIES[name]).train()
+    model = model_of(make_model, config).train()
     output = model(ids_BT[:1, :2], languages_B=torch.tensor([3]))
     output.logits_BTV.square().sum().backward()
     for layer, plan in zip(moe_layers(model), output.plans.values(), strict=True):
         assert layer.router is not None
         assert all(parameter.grad.abs().sum() > 0 for parameter in layer.router.parameters())
-        assert (layer.experts.shared_weights() is not None) == POLICIES[name].shared_expert
+        assert (layer.experts.shared_weights() is not None) == config.shared_expert
         assert all(part.grad.abs().sum() > 0 for part in layer.experts.shared_weights() or () if part is not None)
         chosen = set(plan.expert_ids.flatten().tolist()) - {plan.num_experts}
         reached = {e for e, gradient in enumerate(layer.experts.w1_EFD.grad) if gradient.abs().sum() > 0}
@@ -96,11 +107,11 @@ def test_the_balance_loss_reaches_routers_alone(make_model: Make, ids_BT: torch.
         assert all(bool(p.grad.abs().sum() > 0) == pulls for p in layer.router.parameters())
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@every_policy
 def test_evaluation_is_the_same_twice_and_knows_no_order_of_windows(
-    make_model: Make, name: str, ids_BT: torch.Tensor
+    make_model: Make, config: ExpertsConfig, ids_BT: torch.Tensor
 ) -> None:
-    model, order = make_model(POLICIES[name]), torch.tensor([2, 0, 1])
+    model, order = model_of(make_model, config), torch.tensor([2, 0, 1])
     logits = model(ids_BT).logits_BTV
     assert torch.equal(model(ids_BT).logits_BTV, logits)
     torch.testing.assert_close(model(ids_BT[order]).logits_BTV, logits[order], rtol=1e-9, atol=1e-12)
@@ -154,12 +165,29 @@ def test_layers_can_share_a_router(make_model: Make, tmp_path: Path) -> None:
 
 
 def test_experts_choose_tokens_in_an_encoder_only(make_model: Make, ids_BT: torch.Tensor) -> None:
-    choice = ExpertsConfig("expert_choice", num_experts=4, top_k=2)
-    encoder = make_model(choice, causal=False)
+    encoder = make_model(CHOICE, causal=False)
     for plan in encoder(ids_BT).plans.values():
         assert (plan.expert_ids < 4).sum(0).tolist() == [ceil(ids_BT.numel() * 2 / 4)] * 4
     with pytest.raises(MoleError, match=r"expert_choice a decoder would see what is to come"):
-        make_model(choice)
+        make_model(CHOICE)
+
+
+def test_experts_choose_no_padding_and_nothing_of_nothing(
+    make_model: Make, ids_BT: torch.Tensor, tmp_path: Path
+) -> None:
+    encoder, lengths_B = make_model(CHOICE, vocab_size=258, causal=False), torch.tensor([11, 4, 7])
+    output = encoder(ids_BT, lengths_B)
+    for plan in output.plans.values():
+        assert (plan.expert_ids < 4).sum(0).tolist() == [22 * 2 // 4] * 4
+    other_BT = ids_BT.where(torch.arange(11) < lengths_B[:, None], 0)
+    valid = torch.arange(11) < lengths_B[:, None]
+    assert torch.equal(encoder(other_BT, lengths_B).logits_BTV[valid], output.logits_BTV[valid])
+    nothing = encoder.train()(ids_BT[:, :0], torch.zeros(3, dtype=torch.long))
+    assert nothing.logits_BTV.shape == (3, 0, 258)
+    save_text_model(LanguageModel(encoder.float().eval(), load_vocabulary("bytes"), 8, []), tmp_path)
+    loaded = load_text_model(tmp_path).model
+    assert loaded.policies == encoder.policies
+    assert torch.equal(loaded(ids_BT, lengths_B).logits_BTV, encoder(ids_BT, lengths_B).logits_BTV)
 
 
 @pytest.mark.parametrize("policy", ["top_k", "noisy_top_k", "adaptive", "forced", "expert_choice"])

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.text.data import TextDataModule
 from mole_asr.text.vocabulary import load_vocabulary
-from mole_asr.text.windows import pack_windows
+from mole_asr.text.windows import IGNORED, pack_windows
 
 TEXTS = {"de": ["über", "ab", "abcabc"], "en": ["hello", "x"], "xx": ["?"]}
 
@@ -54,6 +55,19 @@ def test_the_bytes_of_all_targets_are_those_of_the_texts(kind: str, tokenizer_fo
     for shares, language in zip(batch.byte_shares_BS[:, 1:], batch.languages_B, strict=True):
         sums[int(language)] += float(shares.sum())
     assert sums == pytest.approx([sum(len(text.encode()) + 1 for text in texts) for texts in TEXTS.values()])
+
+
+def test_letters_without_a_piece_are_no_targets(letters_folder: Path) -> None:
+    vocabulary = load_vocabulary(letters_folder)
+    texts = {"en": ["the dog", "a 日本 dog!"], "ja": ["日本"]}
+    windows = pack_windows(texts, list(texts), vocabulary, 30, fill=False)
+    batch = windows.batch(np.arange(len(windows)))
+    known_BT = batch.targets() != IGNORED
+    assert not (batch.targets() == vocabulary.unknown).any()
+    assert torch.equal(known_BT, batch.byte_shares_BS[:, 1:] > 0)
+    # "日本" and "!" are left out, as three bytes a letter and one.
+    sizes = [sum(len(text.encode()) + 1 for text in each) for each in texts.values()]
+    assert batch.byte_shares_BS[:, 1:].sum(1).tolist() == pytest.approx([sizes[0] - 7, sizes[1] - 6])
 
 
 def test_padding_is_at_the_end_and_no_target() -> None:
