@@ -1,7 +1,7 @@
 """Write files so that nothing half-written ever stands under its final name."""
 
-import fcntl
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mole_asr.errors import MoleError
 
-_UMASK = os.umask(0)  # it cannot be read without being set
+_UMASK = os.umask(0o077)  # it cannot be read without being set
 os.umask(_UMASK)
 
 
@@ -29,7 +29,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{writer}.part{path.suffix}")
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_UMASK)  # safetensors' files are for their owner alone
+        if stat.S_IMODE(temporary.stat().st_mode) == 0o600:  # safetensors' files are for their owner alone
+            temporary.chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -42,19 +43,20 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Waits until no other process holds this folder, and holds it: what is read in it and written anew stays whole.
+def locked(path: Path) -> Iterator[None]:
+    """Waits until no other process holds this file, and holds it, so that it can be read and written anew.
+
+    What is locked is an empty file `.NAME.lock` beside it, which stays.
 
     Args:
-        folder: is created if missing.
+        path: of the file, which need not be there yet.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    import fcntl  # only where there is something to lock: Windows has no such module
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # closing lets it go
         yield
-    finally:
-        os.close(handle)  # which lets it go
 
 
 def check_output_folder(output: str | Path, model: str | Path) -> None:

@@ -30,6 +30,10 @@ class FineTuning:
         new_parts_share: share of all steps, at the beginning, in which only these are trained.
         weight_decay: decoupled, of all matrices.
         warmup_share: share of all steps in which a part's learning rate rises, from where its training begins.
+        pretrained_share: how much of the pretrained weights the written model has: each weight that was pretrained is
+            the mean, so weighed, of what it was and of what it has become (WiSE-FT, Wortsman et al., CVPR 2022). What
+            was learned of a few voices is kept, and less is forgotten of all others. Validation does not have it; a run
+            that is complete is written anew with another share when it is given again.
     """
 
     lr: float = 3e-5
@@ -39,10 +43,13 @@ class FineTuning:
     new_parts_share: float = 0.1
     weight_decay: float = 0.01
     warmup_share: float = 0.03
+    pretrained_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.frozen_blocks < 0:
             raise MoleError(f"model.fine_tuning.frozen_blocks: {self.frozen_blocks} must not be negative")
+        if not 0 <= self.pretrained_share < 1:
+            raise MoleError(f"model.fine_tuning.pretrained_share: {self.pretrained_share:g} must be from 0 to below 1")
         if not 0 <= self.new_parts_share < 1:
             raise MoleError(f"model.fine_tuning.new_parts_share: {self.new_parts_share:g} must be from 0 to below 1")
 
@@ -114,3 +121,18 @@ def fine_tuning_optimizer(
         partial(config.scale, steps=steps, new=new) for rate, new, _ in groups if rate > 0
     ]
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, scales)
+
+
+@torch.no_grad()
+def blend(model: nn.Module, start: nn.Module, share: float) -> None:
+    """Brings a trained model back towards what it started from, but for its new parts; see `FineTuning`.
+
+    Args:
+        model: is changed.
+        start: the same model, untrained.
+        share: of `start`, 0 to 1.
+    """
+    before = dict(start.named_parameters())
+    for name, parameter in model.named_parameters():
+        if not is_new(name):
+            parameter.lerp_(before[name].to(parameter), share)

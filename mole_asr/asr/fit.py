@@ -105,6 +105,7 @@ class ExportRecogniser(ExportModel):
         old, new = task.old_ngrams, _count_ngrams(trainer)
         # What is frozen keeps its n-grams too: there may be a few old utterances among the new ones.
         save_ngrams({**new, **old} if task.freeze_old else {**old, **new}, self.folder / NGRAM_FILE)
+        task.blend_with_pretrained()
         save_model(task.model, task.text_tokenizer, self.folder)
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from mole_asr.asr.checkpoint import Recogniser, load_model
-from mole_asr.asr.fine_tuning import FineTuning, choose_trained, fine_tuning_optimizer
+from mole_asr.asr.fine_tuning import FineTuning, blend, choose_trained, fine_tuning_optimizer
 from mole_asr.asr.generations import guard, merge_generations, train_last_generation, wake
 from mole_asr.asr.gradients import gradient_norms
 from mole_asr.asr.grow import grow_model
@@ -109,6 +109,8 @@ class MoleTask(ResumableTask):
                 merge_generations(self.model)
             if (ngrams := Path(init_from) / NGRAM_FILE).exists():
                 self.old_ngrams = load_ngrams(ngrams, old_tokenizer.vocab_size)
+        if fine_tuning.pretrained_share and not (pretrained is not None and init_from is None):
+            raise MoleError("model.fine_tuning.pretrained_share: is for a start from model.pretrained; leave it out")
         if freeze_old and init_from is None:
             raise MoleError("model.freeze_old: there is nothing old; give model.init_from, or leave it out")
         self.freeze_old = freeze_old
@@ -222,6 +224,13 @@ class MoleTask(ResumableTask):
         if self._trained:
             guard(self._trained, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def blend_with_pretrained(self) -> None:
+        """Brings the weights back towards the pretrained ones, as far as `fine_tuning` says."""
+        if share := self.fine_tuning.pretrained_share:
+            assert isinstance(self.model, PretrainedModel)
+            start = from_checkpoint(self.model.config, self.model.languages, self.text_tokenizer.vocab_size)
+            blend(self.model, start, share)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Logs the norm of each expert's gradient, not yet clipped, in the steps that are logged."""

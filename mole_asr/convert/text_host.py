@@ -17,7 +17,7 @@ from mole_asr.errors import MoleError
 from mole_asr.moe.convert.sliced import SlicedLayer
 from mole_asr.moe.experts import Activation
 from mole_asr.text.checkpoint import load_text_model, save_text_model
-from mole_asr.text.figures import nats
+from mole_asr.text.figures import costs, nats
 from mole_asr.text.model import DenseFeedForward, TextModel, TextOutput
 from mole_asr.text.vocabulary import Vocabulary
 from mole_asr.text.windows import IGNORED, TextBatch, pack_windows
@@ -108,13 +108,12 @@ class TextHost(Host):
         batch = batch.to(self.model.embedding.weight.device)
         targets_BT, output = self._asked(batch)[1], self.forward(batch)
         valid_BT = torch.arange(targets_BT.shape[1], device=targets_BT.device) < batch.lengths_B[:, None]
-        cost_BT, wanted_BT = nats(output.logits_BTV, targets_BT), targets_BT != IGNORED
+        cost_BT, wanted_BT = nats(output.logits_BTV, targets_BT), targets_BT >= 0
 
         def count() -> Counts:
             right = (output.logits_BTV.argmax(-1) == targets_BT)[wanted_BT].sum()
-            shares = batch.byte_shares_BS[:, 1:][wanted_BT]
-            sums = {"nats": float(cost_BT.detach().sum()), "bytes": float(shares.sum())}
-            return Counts(float(right), float(wanted_BT.sum()), sums)
+            cost, size = costs(cost_BT.detach(), batch.byte_shares_BS[:, 1:], targets_BT).sum(0).tolist()
+            return Counts(float(right), float(wanted_BT.sum()), {"nats": cost, "bytes": size})
 
         return Prediction(
             outputs_NV=output.logits_BTV[valid_BT],

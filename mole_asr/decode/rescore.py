@@ -11,6 +11,7 @@ import torch
 
 from mole_asr.decode.beam import Hypothesis, Weights
 from mole_asr.text.checkpoint import LanguageModel
+from mole_asr.text.figures import UNSPELLED_NATS
 
 _BATCH = 64
 
@@ -35,7 +36,8 @@ def rescore(
 def text_log_probs(language_model: LanguageModel, texts: Sequence[str]) -> list[float]:
     """Natural logarithm of the probability of each text, its end included, each by itself behind a separator.
 
-    A text longer than the model's window is read in windows that overlap by a half.
+    A text longer than the model's window is read in windows that overlap by a half. Letters that its vocabulary cannot
+    spell cost as much as in `BitsMeter`: a hypothesis shall gain nothing by them.
 
     Args:
         language_model: a decoder.
@@ -48,11 +50,11 @@ def text_log_probs(language_model: LanguageModel, texts: Sequence[str]) -> list[
         ids_S = np.concatenate([separator, vocabulary.encode(text), separator])
         rows += [(number, part_S, counted) for part_S, counted in _windows(ids_S, window)]
     rows.sort(key=lambda row: len(row[1]))
-    totals = np.zeros(len(texts))
+    totals = -UNSPELLED_NATS * np.array([vocabulary.unspelled_bytes(text) for text in texts], np.float64)
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        for (number, _, counted), log_probs_T in zip(batch, _score(language_model, batch), strict=True):
-            totals[number] += log_probs_T[counted:].sum()
+        for (number, ids_S, counted), log_probs_T in zip(batch, _score(language_model, batch), strict=True):
+            totals[number] += log_probs_T[counted:][ids_S[1 + counted :] != vocabulary.unknown].sum()
     return totals.tolist()
 
 

@@ -43,7 +43,7 @@ class ResultFile:
     def add(self, rows: Sequence[Row]) -> None:
         """Writes these rows in place of those of the same keys; what other commands wrote meanwhile stays."""
         new = {self._key_of(row) for row in rows}
-        with locked(self.path.parent):
+        with locked(self.path):
             self.read()
             self.rows = [row for row in self.rows if self._key_of(row) not in new] + list(rows)
             write_text(self.path, "[\n" + ",\n".join(map(json_line, self.rows)) + "\n]\n")

@@ -173,10 +173,16 @@ def recipe_parser(description: str, here: Path, data: str) -> argparse.ArgumentP
     parser.add_argument("--source", help="folder with the packages of the corpus, where they are fetched already")
     parser.add_argument("--runs", type=Path, default=root / "runs" / here.name, help="folder of the runs (%(default)s)")
     parser.add_argument("--results", type=Path, default=here, help="folder of results.json (%(default)s)")
-    parser.add_argument("--jobs", type=_positive_number, default=1, help="trainings side by side, on as many cores")
     parser.add_argument("--table", action="store_true", help="train nothing: only write the tables into README.md")
     parser.add_argument("--pictures", action="store_true", help="train nothing: only draw the pictures")
     return parser
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of a recipe that works with `do_all`."""
+    parser.add_argument(
+        "--jobs", type=_positive_number, default=1, help="processes side by side, which share the cores"
+    )
 
 
 def _whole_number(word: str) -> int:

@@ -22,13 +22,11 @@ class Evaluation:
 
     Attributes:
         bits: bits a byte of each language.
-        sizes: bytes of each language that were counted; letters that the vocabulary cannot spell are not.
         layers: figures of each layer that has experts, by its place.
         loads: of each such layer, language -> share of the language's slots that each expert had, float64 [E].
     """
 
     bits: dict[str, float]
-    sizes: dict[str, int]
     layers: dict[int, LayerFigures]
     loads: dict[int, dict[str, Tensor]]
 
@@ -74,7 +72,6 @@ def evaluate(
     loads = {layer: dict(zip(codes, sums[:, :-2], strict=True)) for layer, sums in routing.sums.items()}
     return Evaluation(
         dict(zip(codes, bits.bits_per_byte().tolist(), strict=True)),
-        dict(zip(codes, map(round, bits.sums_L2[:, 1].tolist()), strict=True)),
         routing.figures(),
         {layer: {code: load_E / load_E.sum() for code, load_E in each.items()} for layer, each in loads.items()},
     )

@@ -14,22 +14,36 @@ from torch.nn import functional
 from mole_asr.moe.losses import expert_counts
 from mole_asr.moe.statistics import loads_by_language, purity
 from mole_asr.text.model import TextOutput
-from mole_asr.text.windows import IGNORED
+from mole_asr.text.windows import IGNORED, UNSPELLED
+
+UNSPELLED_NATS = math.log(256)  # a byte that cannot be spelled costs what a guess among all bytes does
 
 
 def nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Negative log-likelihood of each target, float32 [B, T]; zero where the target is -1."""
-    flat = functional.cross_entropy(
-        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    """Negative log-likelihood of each target, float32 [B, T]; zero where there is none to predict."""
+    targets_N = targets_BT.flatten().clamp(min=IGNORED)
+    flat = functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets_N, ignore_index=IGNORED, reduction="none")
     return flat.view_as(targets_BT)
+
+
+def costs(nats_BT: Tensor, byte_shares_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    """Nats and bytes of each window, float64 [B, 2].
+
+    Args:
+        nats_BT: as `nats` gives them; letters that the vocabulary cannot spell cost 8 bits a byte.
+        byte_shares_BT: bytes that each target stands for.
+        targets_BT: those that are `IGNORED` are in neither sum.
+    """
+    unspelled_BT = UNSPELLED_NATS * byte_shares_BT.where(targets_BT == UNSPELLED, 0)
+    bytes_BT = byte_shares_BT.where(targets_BT != IGNORED, 0)
+    return torch.stack([(nats_BT + unspelled_BT).double().sum(1), bytes_BT.double().sum(1)], dim=1)
 
 
 class BitsMeter:
     """Sums what texts cost, by language.
 
     Bits a byte = sum of -log2 p(token) / bytes of the texts, UTF-8, a separator counting as one byte: it does not
-    depend on how a vocabulary cuts the texts. Letters that it cannot spell are counted in neither sum.
+    depend on how a vocabulary cuts the texts. Letters that it cannot spell cost 8 bits a byte.
 
     Args:
         num_languages: L.
@@ -42,17 +56,15 @@ class BitsMeter:
         self.sums_L2 = torch.zeros(num_languages, 2, dtype=torch.float64)
 
     def add(self, nats_BT: Tensor, byte_shares_BT: Tensor, targets_BT: Tensor, languages_B: Tensor) -> None:
-        """Adds a batch; targets of -1 and windows of an unknown language are left out.
+        """Adds a batch; windows of an unknown language are left out.
 
         Args:
-            nats_BT: as `nats` gives them.
-            byte_shares_BT: bytes that each target stands for.
-            targets_BT: the targets.
+            nats_BT: as of `costs`.
+            byte_shares_BT: as of `costs`.
+            targets_BT: as of `costs`.
             languages_B: of each window.
         """
-        known_B = languages_B >= 0
-        bytes_B = byte_shares_BT.where(targets_BT != IGNORED, 0).sum(1, dtype=torch.float64)
-        sums_B2 = torch.stack([nats_BT.sum(1, dtype=torch.float64), bytes_B], dim=1)
+        known_B, sums_B2 = languages_B >= 0, costs(nats_BT, byte_shares_BT, targets_BT)
         self.sums_L2.index_add_(0, languages_B[known_B].cpu(), sums_B2[known_B].detach().cpu())
 
     def bits_per_byte(self, sums_L2: Tensor | None = None) -> Tensor:

@@ -179,7 +179,7 @@ class TextTask(ResumableTask):
         place = f"{self.seed} {self.current_epoch} {batch_index} {self.global_rank}"
         torch.manual_seed(zlib.crc32(place.encode()))
         output, targets_BT = self.predict(batch)
-        targets = (targets_BT != IGNORED).sum().clamp(min=1)
+        targets = (targets_BT >= 0).sum().clamp(min=1)
         named = {"token": nats(output.logits_BTV, targets_BT).sum() / targets}
         named |= routing_losses(self.model.policies, output.plans)
         total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))

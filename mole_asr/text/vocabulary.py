@@ -36,6 +36,10 @@ class Vocabulary(ABC):
         """The runs of letters that become the id `unknown`."""
         return []
 
+    def unspelled_bytes(self, text: str) -> int:
+        """UTF-8 bytes of the letters that become the id `unknown`."""
+        return sum(len(run.encode("utf-8")) for run in self.unspelled(text))
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; a separator is a line break, and masks vanish."""

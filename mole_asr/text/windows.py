@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mole_asr.text.vocabulary import Vocabulary
 
-IGNORED = -1  # a target that is not to be predicted
+IGNORED = -1  # a target that is not to be predicted, such as padding
+UNSPELLED = -2  # letters that the vocabulary cannot spell, which cannot be predicted
 
 
 @dataclass
@@ -26,12 +27,13 @@ class TextBatch:
 
     Attributes:
         tokens_BS: int64; inputs are the first T, targets the last T; padded at the end with separators.
-        byte_shares_BS: float32 bytes that each token stands for: a sentence's UTF-8 bytes and one for its separator,
-            spread evenly over its tokens. Zero at padding, and of letters that the vocabulary cannot spell.
+        byte_shares_BS: float32 bytes that each token stands for, zero at padding: a sentence's UTF-8 bytes and one for
+            its separator, spread evenly over its tokens; letters that cannot be spelled have their own.
         lengths_B: int64, targets that are no padding.
         languages_B: int64, -1 for a language that the model has not.
         rows_B: int64, numbers of the windows.
         padded: whether any window is shorter than T.
+        unknown: id of letters that cannot be spelled, if there is one.
     """
 
     tokens_BS: Tensor
@@ -40,13 +42,20 @@ class TextBatch:
     languages_B: Tensor
     rows_B: Tensor
     padded: bool
+    unknown: int | None = None
 
     def __len__(self) -> int:
         return len(self.lengths_B)
 
     def targets(self) -> Tensor:
-        """int64 [B, T], the next token of each; -1 at padding, and where it is a letter that cannot be spelled."""
-        return self.tokens_BS[:, 1:].where(self.byte_shares_BS[:, 1:] > 0, IGNORED)
+        """int64 [B, T], the next token of each; `IGNORED` at padding, `UNSPELLED` for what cannot be spelled."""
+        targets_BT = self.tokens_BS[:, 1:]
+        if self.unknown is not None:
+            targets_BT = targets_BT.masked_fill(targets_BT == self.unknown, UNSPELLED)
+        if not self.padded:
+            return targets_BT
+        places_T = torch.arange(targets_BT.shape[1], device=targets_BT.device)
+        return targets_BT.where(places_T < self.lengths_B[:, None], IGNORED)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TextBatch":
         """A copy with every tensor on `device`."""
@@ -68,6 +77,7 @@ class Windows:
         lengths_W: int64, its targets.
         languages_W: int64.
         separator: id for padding.
+        unknown: as in `TextBatch`.
     """
 
     tokens_P: np.ndarray
@@ -76,6 +86,7 @@ class Windows:
     lengths_W: np.ndarray
     languages_W: np.ndarray
     separator: int
+    unknown: int | None = None
 
     def __len__(self) -> int:
         return len(self.starts_W)
@@ -94,6 +105,7 @@ class Windows:
             languages_B=torch.from_numpy(self.languages_W[rows]),
             rows_B=torch.from_numpy(np.asarray(rows, np.int64)),
             padded=bool((lengths_B < longest).any()),
+            unknown=self.unknown,
         )
 
     def thinned(self, per_language: int | None, seed: int) -> "Windows":
@@ -142,7 +154,8 @@ def pack_windows(
         numbers.append(np.full(count, languages.index(language) if language in languages else -1))
         first += len(tokens_P)
     join = np.concatenate
-    return Windows(join(tokens), join(shares), join(starts), join(lengths), join(numbers), vocabulary.separator)
+    columns = join(tokens), join(shares), join(starts), join(lengths), join(numbers)
+    return Windows(*columns, vocabulary.separator, vocabulary.unknown)
 
 
 def _stream(sentences: Sequence[str], vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +166,7 @@ def _stream(sentences: Sequence[str], vocabulary: Vocabulary) -> tuple[np.ndarra
         ids = np.append(vocabulary.encode(sentence), separator)
         tokens.append(ids)
         size, spelled = len(sentence.encode("utf-8")) + 1, ids != vocabulary.unknown
-        if not spelled.all():
-            size -= sum(len(run.encode("utf-8")) for run in vocabulary.unspelled(sentence))
-        shares.append(np.where(spelled, size / spelled.sum(), 0).astype(np.float32))
+        runs = [] if spelled.all() else [len(run.encode("utf-8")) for run in vocabulary.unspelled(sentence)]
+        shares.append(np.full(len(ids), (size - sum(runs)) / spelled.sum(), np.float32))
+        shares[-1][~spelled] = runs
     return np.concatenate(tokens), np.concatenate(shares)

@@ -22,7 +22,7 @@ from mole_asr.convert.sweep import Bench, at_hand, check_settings
 from mole_asr.errors import MoleError
 from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
+from mole_asr.score.runs import add_jobs, code_version, need_texts, recipe_parser, run_recipe, train
 
 KEY = ("model", "split", "slices", "router", "active")
 DENSE = {"split": "dense", "slices": 1, "router": "dense", "active": 1}
@@ -126,6 +126,7 @@ def main(words: list[str] | None = None) -> int:
     """
     root = HERE.parents[1]
     parser = recipe_parser(__doc__ or "", HERE, "data/texts")
+    add_jobs(parser)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--device", default="cpu", help="where cuts are trained and timed (%(default)s)")
     parser.add_argument("--speech", type=Path, default=root / "runs/prompts5/model", help="recogniser (%(default)s)")

@@ -18,7 +18,16 @@ from plan import BASE, HERE, SYSTEMS, System
 from mole_asr.errors import MoleError
 from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import code_version, need_texts, read_test_texts, recipe_parser, run_recipe, step_words, train
+from mole_asr.score.runs import (
+    add_jobs,
+    code_version,
+    need_texts,
+    read_test_texts,
+    recipe_parser,
+    run_recipe,
+    step_words,
+    train,
+)
 from mole_asr.text.checkpoint import load_text_model
 from mole_asr.text.evaluate import evaluate
 from mole_asr.text.report import quality, training
@@ -118,6 +127,7 @@ def main(words: list[str] | None = None) -> int:
         0, or 1 where something is wrong that the user can put right.
     """
     parser = recipe_parser(__doc__ or "", HERE, "data/texts")
+    add_jobs(parser)
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM")
     parser.add_argument("--speed", action="store_true", help="time all models anew, on a machine that is not in use")
     options = parser.parse_args(words)

@@ -16,7 +16,16 @@ from plan import CONDITIONS, HERE, START, SYSTEMS, Condition, System, read
 from mole_asr.errors import MoleError
 from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import code_version, need_texts, read_test_texts, recipe_parser, run_recipe, step_words, train
+from mole_asr.score.runs import (
+    add_jobs,
+    code_version,
+    need_texts,
+    read_test_texts,
+    recipe_parser,
+    run_recipe,
+    step_words,
+    train,
+)
 from mole_asr.text.checkpoint import LanguageModel, load_text_model
 from mole_asr.text.evaluate import Evaluation, evaluate
 from mole_asr.text.report import quality, training
@@ -98,17 +107,17 @@ def start_shift(dense: LanguageModel, system: System, condition: Condition, text
 
 def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
     """What results.json lacks."""
-    for systems in ([None], [SYSTEMS[name] for name in options.systems]):  # all go on from the first
-        calls = [
-            (CONDITIONS[condition], system, seed, options, results)
-            for seed in options.seeds
-            for condition in options.conditions
-            for system in systems
-            if lacks(results, condition, system, seed, options)
-        ]
-        if calls:
-            need_texts(options.data, options.source)
-        do_all(measure, calls, options.jobs)
+    calls = [
+        (CONDITIONS[condition], system, seed, options, results)
+        for seed in options.seeds
+        for condition in options.conditions
+        for system in (None, *(SYSTEMS[name] for name in options.systems))
+        if lacks(results, condition, system, seed, options)
+    ]
+    if calls:
+        need_texts(options.data, options.source)
+    do_all(measure, [call for call in calls if call[1] is None], options.jobs)
+    do_all(measure, [call for call in calls if call[1] is not None], options.jobs)  # they go on from those
 
 
 def lacks(results: ResultFile, condition: str, system: System | None, seed: int, options: argparse.Namespace) -> bool:
@@ -132,6 +141,7 @@ def main(words: list[str] | None = None) -> int:
         0, or 1 where something is wrong that the user can put right.
     """
     parser = recipe_parser(__doc__ or "", HERE, "data/texts")
+    add_jobs(parser)
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM")
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS), metavar="NAME")
     options = parser.parse_args(words)

@@ -36,7 +36,7 @@ from mole_asr.errors import MoleError
 from mole_asr.moe.convert.splits import Split
 from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import code_version, need_texts, recipe_parser, run_recipe, train
+from mole_asr.score.runs import add_jobs, code_version, need_texts, recipe_parser, run_recipe, train
 
 KEY = ("model", "split", "slices", "router", "active", "tuned")
 DENSE = {"split": "dense", "slices": 1, "router": "dense", "active": 1, "tuned": 0}
@@ -155,10 +155,11 @@ def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
     for model in models:
         check_rows(model, options, results)
     models = [model for model in models if any(lacking(model, options, results))]
-    if any(model.kind == "text" for model in models):
+    trained = dict.fromkeys(model.of for model in models if model.kind == "text")
+    if trained:
         need_texts(options.data, options.source)
-    # Two of them may be cuts of one model, which is trained before.
-    do_all(folder_of, [(MODELS[name], options) for name in dict.fromkeys(model.of for model in models)], options.jobs)
+    # Two models may be cuts of one, which is trained before.
+    do_all(folder_of, [(MODELS[name], options) for name in trained], options.jobs)
     longest_first = sorted(models, key=lambda model: (model.kind != "speech", not model.adapted))
     do_all(measure, [(model, options, results) for model in longest_first], options.jobs)
 
@@ -171,6 +172,7 @@ def main(words: list[str] | None = None) -> int:
     """
     root = HERE.parents[1]
     parser = recipe_parser(__doc__ or "", HERE, "data/texts")
+    add_jobs(parser)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--device", default="cpu", help="where cuts are trained and timed (%(default)s)")
     parser.add_argument("--speech", type=Path, default=root / "runs/prompts5/model", help="recogniser (%(default)s)")

@@ -18,7 +18,9 @@ import torch
 from mole_asr.asr import fit as fit_module
 from mole_asr.asr.checkpoint import load_model
 from mole_asr.asr.extend import extend
+from mole_asr.asr.fine_tuning import is_new
 from mole_asr.asr.fit import fit
+from mole_asr.asr.pretrained import PretrainedModel, from_checkpoint
 from mole_asr.asr.task import MoleTask, OptimizerConfig
 from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer, extend_tokenizer, train_tokenizer
@@ -188,6 +190,29 @@ def test_fine_tuning_killed_in_both_stages_ends_as_an_uninterrupted_one(
     fit(words("parts"))
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert not [name for name in expected if not torch.equal(expected[name], found[name])]
+
+
+def test_the_written_model_is_brought_back_towards_the_pretrained_one(
+    on_whisper: Callable[..., list[str]], command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    changes = {"trainer__max_steps": 12, "model__fine_tuning__lr": 0.01, "average_decay": 0.5}
+    fit(on_whisper(**changes))
+    learned = weights(tmp_path / "run")
+    fit(on_whisper(**changes, model__fine_tuning__pretrained_share=0.25))  # the run is complete
+    blended, model = weights(tmp_path / "run"), load_model(tmp_path / "run" / "model")[0]
+    assert isinstance(model, PretrainedModel)
+    start = from_checkpoint(model.config, model.languages, model.ctc.linear.out_features).state_dict()
+    moved = set()
+    for name, value in learned.items():
+        if is_new(name):
+            assert torch.equal(blended[name], value)
+        else:
+            torch.testing.assert_close(blended[name], value.lerp(start[name], 0.25))
+            moved |= {name} if not torch.allclose(value, start[name], atol=1e-4) else set()
+    assert any(name.startswith("attention_head") for name in moved)
+    assert any("experts" in name for name in moved)
+    with pytest.raises(MoleError, match=r"pretrained_share: is for a start from model\.pretrained"):
+        fit(command(model__fine_tuning__pretrained_share=0.5))
 
 
 def test_utterances_that_whisper_cannot_hold_are_refused_before_the_run(on_whisper: Callable[..., list[str]]) -> None:

@@ -1,5 +1,6 @@
 """Rescoring by whole texts, against a score that is computed step by step."""
 
+import math
 import random
 
 import pytest
@@ -20,6 +21,20 @@ def test_a_text_has_the_score_of_its_steps(make_lm: Make, vocabulary: Vocabulary
         assert score == pytest.approx(slow_score(lm, lm.vocabulary.encode(text).tolist()), abs=1e-9)
     assert text_log_probs(lm, texts[:1]) == pytest.approx(scores[:1], abs=1e-9)
     assert text_log_probs(lm, []) == []
+
+
+@pytest.mark.parametrize("window", [3, 100])
+def test_a_letter_that_cannot_be_spelled_costs_8_bits_a_byte(make_lm: Make, window: int) -> None:
+    lm = make_lm(window=window)
+    text = "ab 日本 fed é"
+    ids = [0, *lm.vocabulary.encode(text).tolist(), 0]
+    assert ids.count(lm.vocabulary.unknown) == 2
+    half, expected = max(1, window // 2), -8 * (3 + 3 + 2) * math.log(2)
+    for target in range(1, len(ids)):
+        start = 0 if target <= window else half * -(-(target - window) // half)
+        if ids[target] != lm.vocabulary.unknown:
+            expected += float(slow_log_probs(lm, ids[start:target])[ids[target]])
+    assert text_log_probs(lm, [text])[0] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 6])

@@ -97,8 +97,8 @@ def test_letters_without_a_piece_are_told_and_never_written(
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     assert main(["perplexity", folder, str(tmp_path / "texts.jsonl")]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[2].split()[:3] == ["en", "2", str(len("a dog\na  dog\n"))]
-    assert shown[-1] == f"not counted: bytes of letters that the tokenizer of {folder} lacks: en 6"
+    assert shown[2].split()[:3] == ["en", "2", str(len("a dog\na 日本 dog\n".encode()))]
+    assert shown[-1] == f"bytes of letters that the tokenizer of {folder} lacks, at 8 bits each: en 6"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Packing loses no token and no byte; the order of batches is a function of seed and epoch."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.text.data import TextDataModule
+from mole_asr.text.figures import costs
 from mole_asr.text.vocabulary import load_vocabulary
-from mole_asr.text.windows import IGNORED, pack_windows
+from mole_asr.text.windows import IGNORED, UNSPELLED, pack_windows
 
 TEXTS = {"de": ["über", "ab", "abcabc"], "en": ["hello", "x"], "xx": ["?"]}
 
@@ -62,12 +64,17 @@ def test_letters_without_a_piece_are_no_targets(letters_folder: Path) -> None:
     texts = {"en": ["the dog", "a 日本 dog!"], "ja": ["日本"]}
     windows = pack_windows(texts, list(texts), vocabulary, 30, fill=False)
     batch = windows.batch(np.arange(len(windows)))
-    known_BT = batch.targets() != IGNORED
-    assert not (batch.targets() == vocabulary.unknown).any()
-    assert torch.equal(known_BT, batch.byte_shares_BS[:, 1:] > 0)
-    # "日本" and "!" are left out, as three bytes a letter and one.
+    targets_BT, shares_BT = batch.targets(), batch.byte_shares_BS[:, 1:]
+    assert not (targets_BT == vocabulary.unknown).any()
+    assert shares_BT[targets_BT == UNSPELLED].tolist() == [6, 1, 6]  # "日本", "!", "日本"
+    assert (shares_BT[targets_BT == IGNORED] == 0).all()
     sizes = [sum(len(text.encode()) + 1 for text in each) for each in texts.values()]
-    assert batch.byte_shares_BS[:, 1:].sum(1).tolist() == pytest.approx([sizes[0] - 7, sizes[1] - 6])
+    assert shares_BT.sum(1).tolist() == pytest.approx(sizes)
+    # A model that gives every letter of its own a probability of one pays for the others alone.
+    nothing_BT = torch.zeros(targets_BT.shape)
+    cost_B2 = costs(nothing_BT, shares_BT, targets_BT)
+    expected = [[7 * math.log(256), sizes[0]], [6 * math.log(256), sizes[1]]]
+    torch.testing.assert_close(cost_B2, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_padding_is_at_the_end_and_no_target() -> None:
