@@ -62,14 +62,14 @@ def folder_of(model: Model, options: argparse.Namespace) -> Path:
     return options.runs / model.name / "model"
 
 
+def lacking(model: Model, results: ResultFile) -> list[Way]:
+    """Ways of a model that results.json lacks."""
+    return [way for way in WAYS if not results.select(model=model.name, **_columns(way))]
+
+
 def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> None:
     """All ways of a model that results.json lacks."""
-    settings = settings_of(model, options)
-    check_settings(results.path, results.select(model=model.name), settings)
-    missing = [way for way in WAYS if not results.select(model=model.name, **_columns(way))]
-    if not missing:
-        return
-    seed = options.seeds[0]
+    settings, seed = settings_of(model, options), options.seeds[0]
     host = open_host(folder_of(model, options), options.device)
     data = {
         split: str(options.data / f"texts_{split}.jsonl" if model.kind == "text" else options.speech_data / name)
@@ -81,7 +81,7 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
     facts = {"model": model.name, **settings, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
     if not results.select(model=model.name, **DENSE):
         results.add([facts | DENSE | bench.dense_facts()])
-    for way in missing:
+    for way in lacking(model, results):
         row = factorise(bench, way, batches, settings["steps"], seed)
         results.add([facts | row])
         print(
@@ -114,8 +114,10 @@ def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
     """All models, that of speech only where there is one."""
     if len(options.seeds) > 1:
         raise MoleError("--seeds: give one")
-    names = at_hand({name: MODELS[name].kind for name in options.models}, options.speech)
-    do_all(measure, [(MODELS[name], options, results) for name in names], options.jobs)
+    models = [MODELS[n] for n in at_hand({n: MODELS[n].kind for n in options.models}, options.speech)]
+    for model in models:
+        check_settings(results.path, results.select(model=model.name), settings_of(model, options))
+    do_all(measure, [(model, options, results) for model in models if lacking(model, results)], options.jobs)
 
 
 def main(words: list[str] | None = None) -> int:
