@@ -81,9 +81,11 @@ class TextTokenizer:
 
     def unknown(self, text: str) -> list[str]:
         """Returns the runs of letters of a text that no piece has."""
+        ids = self.encode(text)
+        if self.unknown_id not in ids:  # as nearly always: spares the second pass
+            return []
         pieces = self._processor.encode(text, out_type=str)
-        pairs = zip(pieces, self.encode(text), strict=True)
-        return [piece.replace(_SPACE, " ") for piece, token in pairs if token == self.unknown_id]
+        return [piece.replace(_SPACE, " ") for piece, i in zip(pieces, ids, strict=True) if i == self.unknown_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids; blanks vanish, unknown tokens become " ⁇ "."""

@@ -46,11 +46,13 @@ def text_log_probs(language_model: LanguageModel, texts: Sequence[str]) -> list[
     vocabulary, window = language_model.vocabulary, language_model.window
     separator = [vocabulary.separator]
     rows: list[tuple[int, np.ndarray, int]] = []  # number of the text, tokens, targets that were counted before
+    totals = np.zeros(len(texts))
     for number, text in enumerate(texts):
         ids_S = np.concatenate([separator, vocabulary.encode(text), separator])
+        if vocabulary.unknown in ids_S:
+            totals[number] = -UNSPELLED_NATS * vocabulary.unspelled_bytes(text)
         rows += [(number, part_S, counted) for part_S, counted in _windows(ids_S, window)]
     rows.sort(key=lambda row: len(row[1]))
-    totals = -UNSPELLED_NATS * np.array([vocabulary.unspelled_bytes(text) for text in texts], np.float64)
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
         for (number, ids_S, counted), log_probs_T in zip(batch, _score(language_model, batch), strict=True):
