@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean
 from types import ModuleType
 from typing import Any
 
@@ -73,21 +74,32 @@ def test_lm_adaptive(
     recipe = make("lm_adaptive")
     folder, main = recipe["plan"].HERE, recipe["run"].main
     recipe["run"].ROUNDS = 1
-    systems = ["--systems", "dense", "top-2", "adaptive-0.4", "adaptive-shuffled"]
+    goes_on = ["continued-top-2", "continued-adaptive"]
+    systems = ["--systems", "dense", "top-2", "adaptive-0.4", "adaptive-shuffled", *goes_on]
     assert main([*words, *systems, "--jobs", "2"]) == 0
     table = capsys.readouterr().out.partition("| equal steps")[2]
     rows = rows_of(recipe)
-    quality = {row["system"]: row for row in rows if row["kind"] == "quality"}
-    speed = {row["system"]: row for row in rows if row["kind"] == "speed"}
-    assert set(quality) == set(speed) == set(systems[1:])
+    quality, speed, gates = (
+        {row["system"]: row for row in rows if row["kind"] == kind} for kind in ("quality", "speed", "gate")
+    )
+    assert set(quality) == set(systems[1:]) and set(speed) == set(systems[1:]) - set(goes_on)
+    for name in goes_on:
+        quality.pop(name)
+        config = (tmp_path / "runs" / name / "seed0" / "training.json").read_text()
+        assert "adamw_lr: 0.002" in config
     for name, row in quality.items():
         assert set(row["bits"]) == {"de", "en", "es", "fr"} and row["bits_per_byte"] > 0
         assert [point[0] for point in row["curve"]] == [1, 3]
         assert row["curve"][0][2:] < row["curve"][1][2:] and "seconds" in row
         assert len(row["shares"]) == (4 if "adaptive" in name else 0)
         assert speed[name]["step_ms"] > 0 and speed[name]["forward_ms"] > 0
-    settings = [json.loads((tmp_path / f"runs/{n}/seed0/training.json").read_text())["settings"] for n in systems[-2:]]
-    assert [any("curriculum=false" in word for word in each) for each in settings] == [False, True]
+    shuffled = [
+        "curriculum=false" in (tmp_path / f"runs/{name}/seed0/training.json").read_text() for name in systems[-4:-2]
+    ]
+    assert shuffled == [False, True]
+    shares = [mean(layer["several_share"] for layer in row["layers"]) for row in gates.values()]
+    assert len(gates) == 7 and shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
+    assert gates["gate-1"]["bits"] == pytest.approx(quality["top-2"]["bits"], abs=1e-4)
     assert quality["dense"]["feed_forward_flops"] < quality["adaptive-0.4"]["feed_forward_flops"]
     assert quality["dense"]["layers"] == [] and len(quality["top-2"]["layers"]) == 2
     assert table.strip() in (folder / "README.md").read_text()
@@ -98,9 +110,9 @@ def test_lm_adaptive(
     assert main([*words, *systems]) == 0
     assert (folder / "results.json").read_bytes() == before
     assert main([*words[:-1], "5", *systems]) == 1
-    assert "come from 4 steps, not 5" in capsys.readouterr().err
+    assert "trained for 4 steps, not 5" in capsys.readouterr().err
     assert main([*words, *systems, "--speed"]) == 1
-    assert "holds no model of dense, top-2, adaptive-shuffled, adaptive-0.4 to time" in capsys.readouterr().err
+    assert "holds no model of dense, top-2, adaptive-shuffled, adaptive-0.4, seed 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["lm_adaptive", "lm_families"])

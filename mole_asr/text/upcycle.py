@@ -12,6 +12,9 @@ from mole_asr.moe.layer import MoELayer
 from mole_asr.text.model import DenseFeedForward, TextModel
 from mole_asr.text.policies import ExpertsConfig
 
+# Two ways to read the same scores: a model trained with one can go on with the other.
+_SAME_ROUTER = ("top_k", "adaptive")
+
 
 def upcycle(
     dense: TextModel, experts: Sequence[ExpertsConfig], languages: list[str], activation: Activation | None = None
@@ -23,7 +26,8 @@ def upcycle(
     2410.10626), and with "expert_choice" too, where tokens may have no expert.
 
     Args:
-        dense: a trained model; layers that have experts keep them.
+        dense: a trained model; layers that have experts keep them, and may change how many of them a token takes
+            ("top_k" and "adaptive", with all that these say).
         experts: the policies of the new model.
         languages: codes of the new model.
         activation: another one, such as "relu" to make neurons fall silent for MoEfication; training adapts to it.
@@ -66,7 +70,7 @@ def _check(dense: TextModel, model: TextModel) -> None:
                 f"layer {layer}"
             )
     for layer, policy in dense.policies.items():
-        if layer not in model.policies or replace(model.policies[layer], layers=policy.layers) != policy:
+        if layer not in model.policies or not _has_same_experts(model.policies[layer], policy):
             raise MoleError(
                 f"model.init_from: layer {layer} of that model has experts already; start from a dense one, "
                 "or keep its experts"
@@ -76,6 +80,13 @@ def _check(dense: TextModel, model: TextModel) -> None:
             raise MoleError(
                 f"experts.share_router: layers {a} and {b} of that model have a router each; keep them apart"
             )
+
+
+def _has_same_experts(new: ExpertsConfig, old: ExpertsConfig) -> bool:
+    changed = {"layers": old.layers}
+    if {new.policy, old.policy} <= set(_SAME_ROUTER):
+        changed |= {name: getattr(old, name) for name in ("policy", "top_k", "threshold", "renormalize")}
+    return replace(new, **changed) == old
 
 
 def _share_a_router(model: TextModel, a: int, b: int) -> bool:

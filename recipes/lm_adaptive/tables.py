@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from plan import REFERENCE, SYSTEMS
+from plan import REFERENCE, SYSTEMS, THRESHOLDS
 
 from mole_asr.score.markdown import (
     ABSENT,
@@ -26,8 +26,9 @@ STEP, BITS, _, CPU, FLOPS = range(5)  # columns of a curve
 
 def write_tables(results: ResultFile, readme: Path) -> str:
     """Makes all tables and writes them into the README between its marks, with the pictures; returns them."""
-    systems = [name for name in SYSTEMS if results.select(system=name, kind="quality")]
+    systems = [name for name, each in SYSTEMS.items() if not each.goes_on and _runs(results, name)]
     parts = [table(results, systems) for table in (_equal_steps, _equal_loss, _layers)] if systems else []
+    parts += [_gates(results), _continued(results)]
     text = "\n\n".join(part for part in (*parts, markdown_pictures(readme.parent, PICTURES)) if part)
     write_between_marks(readme, text)
     return text
@@ -111,7 +112,7 @@ def _equal_loss(results: ResultFile, systems: list[str]) -> str:
 
 
 def _layers(results: ResultFile, systems: list[str]) -> str:
-    chosen = [name for name in systems if SYSTEMS[name].config == "adaptive" or name == "adaptive"]
+    chosen = [name for name in systems if SYSTEMS[name].is_adaptive]
     if not chosen:
         return ""
     layers = [layer["layer"] for layer in _runs(results, chosen[0])[0]["layers"]]
@@ -121,3 +122,53 @@ def _layers(results: ResultFile, systems: list[str]) -> str:
         columns = [[row["layers"][place]["several_share"] for row in runs] for place in range(len(layers))]
         lines.append([SYSTEMS[name].title, *(f"{100 * mean(column):.1f} %" for column in columns)])
     return markdown_table(["tokens with two experts", *(f"layer {layer}" for layer in layers)], lines)
+
+
+def _gates(results: ResultFile) -> str:
+    """What a second expert is worth to the tokens that a threshold gives one."""
+    runs = {T: results.select(kind="gate", threshold=T) for T in THRESHOLDS}
+    if not all(runs.values()):
+        return ""
+    header = ["top-2 model, gated otherwise", "tokens with two experts", "bits a byte", "of what top-2 gains on top-1"]
+    bits = {T: mean(row["bits_per_byte"] for row in rows) for T, rows in runs.items()}
+    none, everything = bits[THRESHOLDS[0]], bits[THRESHOLDS[-1]]
+    lines = [
+        [
+            f"T = {T:g}",
+            f"{100 * mean(map(_two_experts, rows)):.1f} %",
+            mean_and_spread([row["bits_per_byte"] for row in rows], 3),
+            f"{100 * (none - bits[T]) / (none - everything):.0f} %",
+        ]
+        for T, rows in runs.items()
+    ]
+    return markdown_table(header, lines)
+
+
+def _continued(results: ResultFile) -> str:
+    """How those end that go on from the same top-2 model, beside the one that stays top-2."""
+    systems = [name for name, each in SYSTEMS.items() if each.goes_on and _runs(results, name)]
+    reference = {row["seed"]: row for row in _runs(results, f"continued-{REFERENCE}")}
+    header = [
+        "goes on from the top-2 model as",
+        "tokens with two experts",
+        "bits a byte",
+        "less top-2's",
+        "FLOPs a token",
+    ]
+    lines = []
+    for name in systems:
+        runs = [row for row in _runs(results, name) if row["seed"] in reference]
+        if not runs:
+            continue
+        worse = [row["bits_per_byte"] - reference[row["seed"]]["bits_per_byte"] for row in runs]
+        flops = mean(row["flops"] for row in runs)
+        lines.append(
+            [
+                SYSTEMS[name].title,
+                f"{100 * mean(map(_two_experts, runs)):.1f} %",
+                mean_and_spread([row["bits_per_byte"] for row in runs], 3),
+                mean_and_spread(worse, 3),
+                _relative(flops, mean(row["flops"] for row in reference.values())),
+            ]
+        )
+    return markdown_table(header, lines) if lines else ""

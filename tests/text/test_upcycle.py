@@ -56,6 +56,20 @@ def test_experts_go_on_as_they_are_and_activations_can_change(make_model: Make, 
     assert (changed(ids_BT).logits_BTV - old(ids_BT).logits_BTV).abs().max() > 1e-4
 
 
+def test_the_same_experts_can_be_gated_in_another_way(make_model: Make, ids_BT: torch.Tensor) -> None:
+    top_2 = ExpertsConfig("top_k", num_experts=4, renormalize=False)
+    top_1 = replace(top_2, top_k=1)
+    old = make_model(top_2)
+    logits = {
+        experts: upcycle(old, [experts], LANGUAGES).eval()(ids_BT).logits_BTV
+        for experts in (top_1, *(ExpertsConfig("adaptive", num_experts=4, threshold=T) for T in (0.0, 0.2, 1.0)))
+    }
+    one, none, some, all_of_them = logits.values()
+    torch.testing.assert_close(none, one)
+    torch.testing.assert_close(all_of_them, old(ids_BT).logits_BTV)
+    assert (some - one).abs().max() > 1e-4 and (some - all_of_them).abs().max() > 1e-4
+
+
 def test_what_does_not_fit_is_refused(make_model: Make) -> None:
     dense = make_model()
     with pytest.raises(MoleError, match=r"expert_d_ff: 8 is not the 24"):
@@ -63,7 +77,9 @@ def test_what_does_not_fit_is_refused(make_model: Make) -> None:
     with pytest.raises(MoleError, match=r"relu does not fit a model with swiglu"):
         upcycle(dense, [ExpertsConfig()], LANGUAGES, "relu")
     with pytest.raises(MoleError, match="has experts already"):
-        upcycle(make_model(ExpertsConfig("top_k")), [ExpertsConfig("adaptive")], LANGUAGES)
+        upcycle(make_model(ExpertsConfig("top_k")), [ExpertsConfig("adaptive", num_experts=4)], LANGUAGES)
+    with pytest.raises(MoleError, match="has experts already"):
+        upcycle(make_model(ExpertsConfig("top_k")), [ExpertsConfig("noisy_top_k")], LANGUAGES)
     with pytest.raises(MoleError, match=r"shared_expert: .* double the output"):
         upcycle(dense, [ExpertsConfig("top_k", shared_expert=True)], LANGUAGES)
     one, other = (ExpertsConfig("top_k", layers=[layer], share_router=True) for layer in (0, 2))
