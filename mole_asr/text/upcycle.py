@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.sliced import describe, rebuild
@@ -83,7 +84,7 @@ def _check(dense: TextModel, model: TextModel) -> None:
 
 
 def _has_same_experts(new: ExpertsConfig, old: ExpertsConfig) -> bool:
-    changed = {"layers": old.layers}
+    changed: dict[str, Any] = {"layers": old.layers}
     if {new.policy, old.policy} <= set(_SAME_ROUTER):
         changed |= {name: getattr(old, name) for name in ("policy", "top_k", "threshold", "renormalize")}
     return replace(new, **changed) == old

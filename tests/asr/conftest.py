@@ -6,12 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
+from mole_asr.asr.checkpoint import load_model
+from mole_asr.asr.fit import fit
 from mole_asr.asr.model import EncoderConfig, MoleModel
 from mole_asr.corpus.batch import Batch, Example, collate
 from mole_asr.corpus.manifest import Utterance, write_manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer, train_tokenizer
+from mole_asr.errors import MoleError
 
 LANGUAGES = ["de", "en", "fr"]
 SMALL = {
@@ -26,6 +30,9 @@ SMALL = {
     "num_mels": 20,
     "intermediate_ctc_blocks": (2,),
 }
+RATE_HZ = 16000
+NUM_TONES = 20
+AUGMENT = {"data__augment": "mole_asr.audio.augment.AugmentConfig"}  # for `command`
 
 
 def small_config(**changes: Any) -> EncoderConfig:
@@ -152,3 +159,80 @@ def whisper_folder(tmp_path_factory: pytest.TempPathFactory, whisper_model: Any,
     whisper_model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(whisper_tokenizer_json)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Synthetic: each letter is 0.2 s of a tone of its own. `NUM_TONES` utterances in two languages, 0.4 to 1.2 s."""
+    folder = tmp_path_factory.mktemp("tones")
+    rng = np.random.default_rng(0)
+    utterances = []
+    for number in range(NUM_TONES):
+        text = "".join(rng.choice(list("abcd"), rng.integers(2, 7)))
+        hz_S = np.repeat([300.0 * 2 ** "abcd".index(letter) for letter in text], RATE_HZ // 5)
+        audio_S = 0.3 * np.sin(2 * np.pi * np.cumsum(hz_S) / RATE_HZ) + 0.01 * rng.standard_normal(len(hz_S))
+        path = folder / f"{number}.wav"
+        soundfile.write(path, audio_S.astype(np.float32), RATE_HZ)
+        seconds = len(audio_S) / RATE_HZ
+        language = ("de", "en")[number % 2]
+        utterances.append(Utterance(f"u{number}", path, 0.0, seconds, RATE_HZ, text, language, None, len(audio_S)))
+    write_manifest(utterances, folder / "train.jsonl")
+    write_manifest(utterances[:4], folder / "valid.jsonl")
+    return folder
+
+
+@pytest.fixture
+def command(tones: Path, tokenizer_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The words of a small `fit`; every key can be replaced."""
+
+    def words(**changes: Any) -> list[str]:
+        keys = {
+            "output": tmp_path / "run",
+            "data.train_manifest": tones / "train.jsonl",
+            "data.valid_manifest": tones / "valid.jsonl",
+            "data.tokenizer": tokenizer_folder,
+            "data.batch_seconds": 3,
+            "data.max_seconds": 3,
+            "trainer.accelerator": "cpu",
+            "trainer.max_epochs": 2,
+            "trainer.num_sanity_val_steps": 0,
+            "trainer.enable_progress_bar": "false",
+            "trainer.enable_model_summary": "false",
+            "trainer.log_every_n_steps": 1,
+            **{f"model.encoder.{key}": list(v) if isinstance(v, tuple) else v for key, v in SMALL.items()},
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        }
+        return [f"--{key}={value}" for key, value in keys.items()]
+
+    return words
+
+
+@pytest.fixture
+def on_whisper(command: Callable[..., list[str]], whisper_folder: Path) -> Callable[..., list[str]]:
+    """The words of a `fit` that fine-tunes a tiny Whisper."""
+
+    def words(**changes: Any) -> list[str]:
+        own = {
+            "pretrained.checkpoint": whisper_folder,
+            "pretrained.num_mole_blocks": 1,
+            "pretrained.language_tokenizer_block": 1,
+            "fine_tuning.new_parts_share": 0.3,
+            "fine_tuning.new_lr": 0.01,
+        }
+        rest = [word for word in command(**AUGMENT, **changes) if not word.startswith("--model.encoder")]
+        return [*rest, *(f"--model.{key}={value}" for key, value in own.items())]
+
+    return words
+
+
+def refused(words: list[str]) -> str:
+    """The line with which `fit` refuses these words."""
+    with pytest.raises(MoleError) as caught:
+        fit(words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """Of the model that a run has written."""
+    return load_model(output / "model")[0].state_dict()

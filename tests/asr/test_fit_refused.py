@@ -1,0 +1,81 @@
+"""The `fit` verb, asked for what cannot be: one line that names the key, the value or the file."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mole_asr.corpus.manifest import Manifest, write_manifest
+
+from .conftest import refused
+
+
+def copy_manifest(tones: Path, path: Path, **changes: Any) -> Path:
+    """The train manifest with other values in the fields of its utterances."""
+    write_manifest((replace(utterance, **changes) for utterance in Manifest(tones / "train.jsonl")), path)
+    return path
+
+
+def test_no_utterance_is_left(command: Callable[..., list[str]], tones: Path, tmp_path: Path) -> None:
+    message = refused(command(data__max_seconds=0.3))
+    assert "train.jsonl: nothing to train on" in message and "20 longer than 0.3 s" in message
+    wordy = copy_manifest(tones, tmp_path / "wordy.jsonl", text="abcd " * 20)
+    assert "20 with more labels than frames" in refused(command(data__train_manifest=wordy))
+    silent = copy_manifest(tones, tmp_path / "silent.jsonl", text="")
+    message = refused(command(data__valid_manifest=silent))
+    assert "silent.jsonl: nothing to validate on" in message and "with an empty text" in message
+    assert "without a language that the model has" in refused(command(data__languages="[xx]"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_utterances_that_whisper_cannot_hold_are_refused_before_the_run(on_whisper: Callable[..., list[str]]) -> None:
+    message = refused(on_whisper(data__max_seconds=28))
+    assert message.startswith("data.max_seconds: 28, but the model hears 30 s") and message.endswith("at most 27")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model__encoder__d_modle": 8}, ["model.encoder.d_modle", "did you mean model.encoder.d_model?"]),
+        ({"data__batch_secs": 8}, ["data.batch_secs", "did you mean data.batch_seconds?"]),
+        ({"colour": "red"}, ["unknown key colour"]),
+        ({"trainer__max_epochs": "many"}, ["trainer.max_epochs", "many", "int"]),
+        ({"model__encoder__reliability": "guess"}, ["model.encoder.reliability", "guess", "max_posterior"]),
+        ({"model__encoder__kernel_size": 4}, ["model.encoder.kernel_size: 4 must be odd"]),
+        ({"data__temperature": 0.5}, ["temperature: 0.5 is below 1"]),
+        ({"data__batch_seconds": 0}, ["batch_seconds: 0 must be positive"]),
+        ({"data__train_manifest": "nowhere.jsonl"}, ["nowhere.jsonl"]),
+        ({"data__tokenizer": "nowhere"}, ["nowhere"]),
+        ({"model__init_from": "nowhere"}, ["nowhere/config.json"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(
+    command: Callable[..., list[str]], changes: dict[str, Any], parts: list[str]
+) -> None:
+    message = refused(command(**changes))
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("lines", "parts"),
+    [
+        ("data:\n  batch_second: 3\n", ["data.batch_second", "did you mean data.batch_seconds?"]),
+        (
+            "data:\n  augment:\n    class_path: mole_asr.audio.augment.AugmentConfig\n"
+            "    init_args:\n      noise_probabilty: 0.1\n",
+            ["data.augment.noise_probabilty", "did you mean data.augment.noise_probability?"],
+        ),
+        ("data: [\n", ["config"]),
+        (None, ["config.yaml"]),
+    ],
+)
+def test_a_wrong_key_in_the_config_file_is_named(
+    command: Callable[..., list[str]], tmp_path: Path, lines: str | None, parts: list[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    if lines is not None:
+        path.write_text(lines)
+    message = refused([f"--config={path}", *command()])
+    assert all(part in message for part in parts), message
