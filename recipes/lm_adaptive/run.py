@@ -70,7 +70,7 @@ def trained(names: Sequence[str], seed: int, options: argparse.Namespace) -> dic
     if missing := [name for name, folder in folders.items() if not folder.exists()]:
         raise MoleError(
             f"{options.runs}: holds no model of {', '.join(missing)}, seed {seed}, which is needed; train it (after "
-            f"taking its rows out of {options.results}, where it has some)"
+            f"taking its rows out of {options.results / 'results.json'}, where it has some)"
         )
     return {name: load_text_model(folder) for name, folder in folders.items()}
 
