@@ -70,7 +70,8 @@ def fault(sentence: str, language: str) -> str | None:
 
     A sentence has at least three words; in scripts that do not part words by spaces, six letters.
     """
-    unspaced = not scripts_of(language).isdisjoint(_UNSPACED)
+    own = scripts_of(language)
+    unspaced = own is not None and not own.isdisjoint(_UNSPACED)
     if len(sentence) < MIN_LETTERS or (not unspaced and len(sentence.split()) < MIN_WORDS):
         return "too short"
     if _HOLE.search(sentence):
@@ -83,7 +84,7 @@ def fault(sentence: str, language: str) -> str | None:
     letters = sum(scripts.values()) - scripts.pop("", 0)
     if letters < MIN_LETTERS:
         return "too short"
-    if sum(scripts[script] for script in scripts_of(language)) <= letters / 2:
+    if own is not None and sum(scripts[script] for script in own) <= letters / 2:
         return "mostly in another script"
     return None
 

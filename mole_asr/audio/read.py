@@ -1,8 +1,8 @@
 """Read any audio file as mono float32 samples.
 
-soundfile reads wav, flac, ogg, opus and mp3 and seeks to the part that is asked for; PyAV decodes the rest (m4a, webm,
-mkv, amr, headerless G.722). torch is imported only if a file has to be resampled, so that a data-loading worker that
-reads 16 kHz recordings pays for nothing but the read.
+soundfile reads wav, flac, ogg and opus and seeks to the part that is asked for; PyAV decodes the rest (mp3, m4a, webm,
+mkv, amr, headerless G.722) from the beginning. torch is imported only if a file has to be resampled, so that a
+data-loading worker that reads 16 kHz recordings pays for nothing but the read.
 """
 
 from collections.abc import Iterator
@@ -35,6 +35,7 @@ _BLOCK_S = 60.0
 _UNKNOWN_LENGTH = 1 << 48
 # A resampling kernel has (old rate x new rate / gcd^2) taps: odd rates are replaced by one at most 0.1 % away.
 _MAX_RATIO_TERM = 1000
+_MIN_RATE_HZ = 1000  # what claims less is no recording of speech, and no header to be believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,12 @@ def _resampler(old: int, new: int) -> "Resample":
 
 
 def _open_soundfile(path: Path) -> soundfile.SoundFile:
-    """Opens with soundfile; SoundFileError if PyAV has to read the file, MoleError if there is no file."""
+    """Opens with soundfile.
+
+    Raises:
+        SoundFileError: PyAV has to read the file.
+        MoleError: there is no such file, or it cannot be read by anything.
+    """
     # The bytes of headerless G.722 can look like an MP3 frame; `.raw` makes soundfile ask for a rate.
     if path.suffix.lower() in (".g722", ".raw"):
         raise soundfile.SoundFileError("no header")
@@ -159,14 +165,23 @@ def _open_soundfile(path: Path) -> soundfile.SoundFile:
         if not path.is_file():
             raise MoleError(f"{path}: no such audio file") from None
         raise
-    if sound.frames > _UNKNOWN_LENGTH:
+    except UnicodeEncodeError:
+        raise MoleError(f"{str(path)!a}: the name of the file is not UTF-8; rename it") from None
+    # Of an MP3 file of variable bit rate libsndfile guesses the length by its beginning, and reads no further.
+    if sound.frames > _UNKNOWN_LENGTH or sound.format == "MP3":
         sound.close()
         raise soundfile.SoundFileError("unknown length")
+    if sound.samplerate < _MIN_RATE_HZ:
+        sound.close()
+        raise MoleError(f"{path}: has a sampling rate of {sound.samplerate} Hz; give at least {_MIN_RATE_HZ}")
     return sound
 
 
 def _read_soundfile(sound: soundfile.SoundFile, path: Path, start_s: float, duration_s: float | None) -> np.ndarray:
-    """Seeks and reads; channels are averaged block by block, so that a long stereo file is never held whole."""
+    """Seeks and reads; channels are averaged block by block, so that a long stereo file is never held whole.
+
+    A file that was cut off ends before the length in its header.
+    """
     rate_hz = sound.samplerate
     start = min(round(start_s * rate_hz), sound.frames)
     count = sound.frames - start
@@ -177,8 +192,11 @@ def _read_soundfile(sound: soundfile.SoundFile, path: Path, start_s: float, dura
             sound.seek(start)
         if sound.channels == 1:
             return sound.read(count, dtype="float32")
-        blocks = sound.blocks(round(_BLOCK_S * rate_hz), frames=count, dtype="float32", always_2d=True)
-        return np.concatenate([block_SC.mean(axis=1) for block_SC in blocks] or [np.zeros(0, np.float32)])
+        blocks = [np.zeros(0, np.float32)]
+        while count and len(block_SC := sound.read(min(count, round(_BLOCK_S * rate_hz)), "float32")):
+            blocks.append(block_SC.mean(axis=1))
+            count -= len(block_SC)
+        return np.concatenate(blocks)
     except soundfile.SoundFileError as error:
         raise MoleError(f"{path}: broken audio file: {_one_line(error)}") from None
 

@@ -11,8 +11,9 @@ _SILENCE_DB = -80.0
 """Below this level (RMS, dB of full scale; 16-bit dither is near -90) nothing is taken for sound."""
 _RANGE_DB = 35.0
 """Sound this much quieter than the loud parts of the recording is silence."""
-_LOUD_S = 3.0
-"""The level of the loud parts is the one exceeded for so long, or for a tenth of a shorter recording."""
+_LOUD_S, _LOUD_SHARE = 3.0, 0.03
+"""The level of the loud parts is the one exceeded for so long, or for a tenth of a shorter recording; in a long one for
+this share of it, so that a jingle does not decide."""
 _PAD_S = 0.2
 """Kept on either side, for consonants that fade in and out."""
 _JOIN_S = 1.0
@@ -41,7 +42,7 @@ def speech_segments(
     duration_s = len(audio_S) / sampling_rate_hz
     if duration_s <= max_seconds:
         return [(0.0, duration_s)]
-    rank = max(1, min(round(_LOUD_S / _FRAME_S), len(level_T) // 10))
+    rank = max(1, round(min(max(_LOUD_S / _FRAME_S, _LOUD_SHARE * len(level_T)), len(level_T) / 10)))
     loud_db = np.partition(level_T, -rank)[-rank]
     stretches = _stretches(level_T >= max(loud_db - _RANGE_DB, _SILENCE_DB))
     # Frames are whole numbers of samples, so at odd rates they last a little more or less than _FRAME_S.

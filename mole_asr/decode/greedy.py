@@ -1,6 +1,6 @@
 import torch
 
-BLANK = 0
+from mole_asr.decode.beam import BLANK
 
 
 def greedy_ctc(log_probs_BTV: torch.Tensor, lengths_B: torch.Tensor) -> list[list[int]]:

@@ -17,6 +17,7 @@ from mole_asr.files import atomic_path
 NGRAM_FILE = "ngrams.safetensors"
 """In the folder of a model."""
 ORDER = 6
+_CACHE_BYTES = 64_000_000  # of each language
 START = -1  # stands before the first token; the end is the id V
 
 
@@ -37,7 +38,8 @@ class TokenNgram:
         self.vocab_size, self.ngrams_MO, self.counts_M = vocab_size, ngrams_MO, counts_M
         self.known = vocab_size if known is None else known
         self.order = ngrams_MO.shape[1]
-        self.probabilities = lru_cache(maxsize=100_000)(self._probabilities)
+        # Short histories stay: longer ones are mixed from them.
+        self.probabilities = lru_cache(maxsize=max(1000, _CACHE_BYTES // (8 * (self.known + 1))))(self._probabilities)
 
     @classmethod
     def count(cls, texts: Iterable[Iterable[int]], vocab_size: int, order: int = ORDER) -> "TokenNgram":

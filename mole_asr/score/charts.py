@@ -126,16 +126,17 @@ def _read_metrics(file: Path, prefixes: tuple[str, ...]) -> Curves:
         raise MoleError(f"{file} has no column 'step': give a metrics.csv of a training run")
     curves: Curves = {}
     for row in table:
+        step = _float(row["step"])
         for name, text in row.items():
             # Rows are sparse: a row holds what was logged at that moment. A run killed in mid-row leaves a short one.
-            if name and text and name.startswith(prefixes) and math.isfinite(value := _float(text)):
-                curves.setdefault(name, []).append((int(_float(row["step"])), value))
+            if name and name.startswith(prefixes) and math.isfinite(value := _float(text)) and math.isfinite(step):
+                curves.setdefault(name, []).append((int(step), value))
     return curves
 
 
-def _float(text: str) -> float:
+def _float(text: str | None) -> float:
     try:
-        return float(text)
+        return float(text or "")
     except ValueError:
         return math.nan
 

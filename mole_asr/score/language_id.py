@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mole_asr.score.pairs import Pair
+from mole_asr.score.pairs import UNKNOWN_LANGUAGE, Pair
 
 BINS = 10
 
@@ -30,7 +30,7 @@ def split_reliability(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         reliability float64 [M] and right bool [M].
     """
-    known = [pair for pair in pairs if pair.reliability is not None and pair.hypothesis_language is not None]
+    known = [pair for pair in _named(pairs) if pair.reliability is not None]
     reliability = np.array([pair.reliability for pair in known], dtype=np.float64)
     return reliability, np.array([pair.hypothesis_language == pair.language for pair in known], dtype=bool)
 
@@ -38,10 +38,11 @@ def split_reliability(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
 def language_id(pairs: Sequence[Pair]) -> LanguageId:
     """Compares the hypotheses' languages with the references'.
 
-    Utterances without a hypothesis, or whose hypothesis has no field `language`, are left out; an empty language (the
-    recogniser heard no speech) is wrong. Where the language was given to the recogniser, the accuracy says nothing.
+    Utterances without a hypothesis, whose hypothesis has no field `language`, or whose reference names none are left
+    out; an empty language (the recogniser heard no speech) is wrong. Where the language was given to the recogniser,
+    the accuracy says nothing.
     """
-    named = [pair.hypothesis_language == pair.language for pair in pairs if pair.hypothesis_language is not None]
+    named = [pair.hypothesis_language == pair.language for pair in _named(pairs)]
     reliability, right = split_reliability(pairs)
     return LanguageId(
         language_id_accuracy=100 * sum(named) / len(named) if named else None,
@@ -68,6 +69,11 @@ def calibration_error(reliability: np.ndarray, right: np.ndarray) -> float | Non
     bins = np.clip((reliability * BINS).astype(int), 0, BINS - 1)
     gaps = np.bincount(bins, weights=right - reliability, minlength=BINS)  # a bin's size x (accuracy - reliability)
     return float(np.abs(gaps).sum() / len(reliability))
+
+
+def _named(pairs: Sequence[Pair]) -> list[Pair]:
+    """Those whose reference and hypothesis both say the language."""
+    return [pair for pair in pairs if pair.hypothesis_language is not None and pair.language != UNKNOWN_LANGUAGE]
 
 
 def _mean(values: np.ndarray) -> float | None:

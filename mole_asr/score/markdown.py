@@ -9,7 +9,6 @@ from mole_asr.files import write_text
 
 MARKS = ("<!-- tables: written by run.py -->", "<!-- end of tables -->")
 
-
 ABSENT = "–"
 
 

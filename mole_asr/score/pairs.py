@@ -1,6 +1,7 @@
 """Reads references and hypotheses, and pairs them by utterance id."""
 
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class SentenceFile:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One utterance to score. Both texts are normalised in the reference's language."""
+    """One utterance to score. Both texts are normalised in `language`, UNKNOWN_LANGUAGE where nobody names one."""
 
     id: str
     reference: str
@@ -60,12 +61,12 @@ def read_sentences(path: str | Path) -> SentenceFile:
         MoleError: the file is missing, empty or malformed, or holds an id twice.
     """
     path = Path(path)
-    first = next((line for line in _lines(path) if line.strip()), None)
-    if first is None:
+    number, first = next(((number, line) for number, line in enumerate(_lines(path), 1) if line.strip()), (0, ""))
+    if not number:
         raise MoleError(f"{path} is empty: give a manifest, transcripts (JSONL) or plain text")
     if not first.lstrip().startswith("{"):
         return _read_plain(path)
-    if "supervisions" in _parse(path, 1, first) or "recording" in _parse(path, 1, first):
+    if {"supervisions", "recording"} & set(_parse(path, number, first)):
         return SentenceFile(path, _by_id(path, _read_manifest(path)), numbered=False)
     return SentenceFile(path, _by_id(path, _read_transcripts(path)), numbered=False)
 
@@ -166,6 +167,8 @@ def _read_transcripts(path: Path) -> Iterator[Sentence]:
                 raise MoleError(f"{path}, line {number}: {key} {optional[key]!r} is of the wrong type: correct it")
         if not 0 <= (optional["reliability"] or 0) <= 1:
             raise MoleError(f"{path}, line {number}: reliability {optional['reliability']} is not between 0 and 1")
+        if not 0 <= (optional["duration_s"] or 0) < math.inf:
+            raise MoleError(f"{path}, line {number}: duration_s {optional['duration_s']} is no length in seconds")
         yield Sentence(str(value["id"]), value["text"], **optional)
 
 

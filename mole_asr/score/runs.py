@@ -144,10 +144,15 @@ def transcribe_told(manifest: Path, output: Path, **options: Any) -> "Transcribe
         manifest: to transcribe, one language after another.
         output: folder; what each language gave lies in folders of it.
         options: for `transcribe`.
+
+    Raises:
+        MoleError: an utterance names no language.
     """
     from mole_asr.transcribe.command import TranscribeResult, transcribe
 
     table, result, lines = Manifest(manifest), TranscribeResult(), []
+    if (unnamed := np.flatnonzero(table.language_ids < 0)).size:
+        raise MoleError(f"{manifest}: utterance {table[int(unnamed[0])].id} names no language to tell; add it")
     for number, code in enumerate(table.languages):
         part = output / code / manifest.name
         write_manifest((table[int(row)] for row in np.flatnonzero(table.language_ids == number)), part)

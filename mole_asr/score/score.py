@@ -128,12 +128,13 @@ def score(
         seed: of the bootstrap.
 
     Raises:
-        MoleError: a file is missing, malformed or does not fit the others, or `output` has another suffix.
+        MoleError: a file is missing, malformed or does not fit the others, `output` has another suffix, or a language
+            is no code.
     """
     if output is not None and Path(output).suffix not in (".json", ".html"):
         raise MoleError(f"output {output}: the name must end in .json or .html")
-    if language is not None:
-        check_language(language)
+    for code in (*fold_accents, *([] if language is None else [language])):
+        check_language(code)
     references = read_sentences(reference)
     pairs, missing = pair(references, read_sentences(hypothesis), language, fold_accents)
     counts_NC = counts_N4 = count_errors(pairs)

@@ -4,9 +4,9 @@ from unicodedata import east_asian_width
 
 from mole_asr.score.bootstrap import Difference
 from mole_asr.score.groups import GroupScore, Interval
+from mole_asr.score.markdown import ABSENT
 from mole_asr.score.score import Comparison, ScoreReport
 
-ABSENT = "–"
 NAMED_AT_MOST = 5
 
 

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -119,7 +119,7 @@ def transcribe(
         transcriber.choose_head(head)
     if lm is not None:
         transcriber.use_language_model(lm, lm_mode)
-    transcriber.decoder.weights = replace(transcriber.decoder.weights, **weights)
+    transcriber.choose_weights(weights)
     total = TranscribeResult(failures=failures)
     for transcript in _run(transcriber, recordings, language, batch_seconds, total):
         if folder is not None:
@@ -143,10 +143,15 @@ def _weights(ngram: float | None, lm: float | None, bonus: float | None) -> dict
 
 def _check_references(recordings: Iterable[Path], results: Iterable[Path]) -> None:
     """A `.txt` beside a recording may be what somebody wrote down by ear: it is never overwritten."""
-    references = {path.with_suffix(".txt").resolve() for path in recordings}
-    for result in results:
-        if result.resolve() in references and result.resolve().exists():
-            raise MoleError(f"{result}: stands beside its recording and would be overwritten; give another --output")
+    from mole_asr.audio.read import AUDIO_SUFFIXES
+
+    there = [result for result in map(Path.resolve, results) if result.exists()]
+    beside = [path for folder in {result.parent for result in there} for path in folder.iterdir()]
+    beside = [path for path in beside if path.suffix.lower() in AUDIO_SUFFIXES]
+    references = {path.with_suffix(".txt").resolve() for path in (*recordings, *beside)}
+    for result in there:
+        if result in references:
+            raise MoleError(f"{result}: stands beside a recording and would be overwritten; give another --output")
 
 
 def _manifest_jobs(manifests: list[Path], folder: Path) -> "list[tuple[Manifest, Path]]":

@@ -187,6 +187,21 @@ class Transcriber:
             raise MoleError(f"beam {beam}: must be at least 0")
         self.decoder.beam, self.text_beam = beam, max(1, beam)
 
+    def choose_weights(self, weights: Mapping[str, float]) -> None:
+        """Says what the search of the CTC head believes.
+
+        Args:
+            weights: fields of `decode.decoder.Weights`; others stay as they are.
+
+        Raises:
+            MoleError: some are given, and the CTC head does not write, or does not search.
+        """
+        if weights and (self.head != "ctc" or not self.decoder.beam):
+            raise MoleError(
+                "ngram-weight, length-bonus: serve the search of the CTC head; give --head ctc, no --beam 0"
+            )
+        self.decoder.weights = replace(self.decoder.weights, **weights)
+
     def use_language_model(self, folder: str | Path, mode: LmMode) -> None:
         """Lets a neural language model help the CTC head.
 

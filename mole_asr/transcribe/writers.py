@@ -3,7 +3,8 @@
 import json
 import math
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
+from dataclasses import replace
+from itertools import chain, pairwise, zip_longest
 
 from mole_asr.decode.word import Word
 from mole_asr.transcribe.transcript import Transcript
@@ -76,7 +77,7 @@ def _cues(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
     """(start_s, end_s, one or two lines) of what can be read at once."""
     cues: list[list[Word]] = []
     for segment in transcript.segments:
-        for i, word in enumerate(segment.words):
+        for i, word in enumerate(chain.from_iterable(map(_parts, segment.words))):
             if i and _fits(cues[-1], word):
                 cues[-1].append(word)
             else:
@@ -85,6 +86,19 @@ def _cues(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
         start_s, end_s = cue[0].start_s, cue[-1].end_s
         next_s = following[0].start_s if following else math.inf
         yield start_s, max(end_s, min(start_s + _CUE_MIN_S, next_s)), "\n".join(_lines(cue))
+
+
+def _parts(word: Word) -> list[Word]:
+    """A word that fits a line and a cue, or equal parts of it that do: some languages write no spaces."""
+    count = max(math.ceil(len(word.text) / _LINE_CHARACTERS), math.ceil((word.end_s - word.start_s) / _CUE_S))
+    if count < 2 or len(word.text) < count:
+        return [word]
+    cuts = [round(part * len(word.text) / count) for part in range(count + 1)]
+    letter_s = (word.end_s - word.start_s) / len(word.text)
+    return [
+        replace(word, text=word.text[a:b], start_s=word.start_s + a * letter_s, end_s=word.start_s + b * letter_s)
+        for a, b in pairwise(cuts)
+    ]
 
 
 def _fits(cue: list[Word], word: Word) -> bool:
@@ -96,7 +110,7 @@ def _fits(cue: list[Word], word: Word) -> bool:
 
 
 def _lines(words: list[Word]) -> list[str]:
-    """Fills lines from the first on; a word that is longer than a line has one for itself."""
+    """Fills lines from the first on."""
     lines: list[str] = []
     for word in words:
         if lines and len(lines[-1]) + 1 + len(word.text) <= _LINE_CHARACTERS:

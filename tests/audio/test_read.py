@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from mole_asr.audio.read import AUDIO_SUFFIXES, probe, read_audio, resample
+from mole_asr.audio import read
+from mole_asr.audio.read import AUDIO_SUFFIXES, _read_soundfile, probe, read_audio, resample
 from mole_asr.errors import MoleError
 
 SECONDS = 2.0
@@ -175,6 +177,58 @@ def test_a_cut_off_file_gives_what_it_has(tmp_path: Path) -> None:
     data = (tmp_path / "a.wav").read_bytes()
     (tmp_path / "a.wav").write_bytes(data[: len(data) // 2])
     assert abs(len(read_audio(tmp_path / "a.wav")) - 16000) < 100
+
+
+def test_a_cut_off_stereo_file_ends_where_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks: none may be filled with what stood in the one before."""
+    monkeypatch.setattr(read, "_BLOCK_S", 0.5)
+    audio_S = melody(16000)
+    soundfile.write(tmp_path / "a.wav", np.stack([audio_S, audio_S], axis=1), 16000)
+    file = soundfile.SoundFile(tmp_path / "a.wav")
+    found_S = _read_soundfile(CutOff(file, 20000), tmp_path / "a.wav", 0.0, None)  # type: ignore[arg-type]
+    assert len(found_S) == 20000
+    np.testing.assert_allclose(found_S, audio_S[:20000], atol=1e-4)
+
+
+class CutOff:
+    """A stereo file whose header says more than it has; libsndfile itself looks through that in most formats."""
+
+    def __init__(self, file: soundfile.SoundFile, frames: int) -> None:
+        self.file, self.left = file, frames
+        self.samplerate, self.frames, self.channels = file.samplerate, file.frames, file.channels
+
+    def read(self, frames: int, dtype: str) -> np.ndarray:
+        frames = min(frames, self.left)
+        self.left -= frames
+        return self.file.read(frames, dtype)
+
+
+@pytest.mark.parametrize("quiet_first", [True, False])
+def test_the_length_of_an_mp3_file_is_not_guessed(tmp_path: Path, quiet_first: bool) -> None:
+    """Variable bit rate, and no Xing header that tells the length: what recorders write that stream."""
+    silence_S, sound_S = np.zeros(40000, np.float32), np.tile(melody(16000), 4)
+    audio_S = np.concatenate([silence_S, sound_S] if quiet_first else [sound_S, silence_S])
+    with av.open(str(tmp_path / "a.mp3"), "w", options={"write_xing": "0"}) as container:
+        stream = container.add_stream("libmp3lame", rate=16000, layout="mono", options={"q": "4"})
+        stream.codec_context.flags |= av.codec.context.Flags.qscale
+        frame = av.AudioFrame.from_ndarray((audio_S * 32767).astype(np.int16)[None], format="s16", layout="mono")
+        frame.sample_rate = 16000
+        resampler = av.AudioResampler(format=stream.format, layout="mono", rate=16000, frame_size=stream.frame_size)
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    assert len(read_audio(tmp_path / "a.mp3")) == pytest.approx(len(audio_S), abs=4000)
+    assert probe(tmp_path / "a.mp3").num_samples == pytest.approx(len(audio_S), abs=4000)
+
+
+def test_names_and_rates_that_no_library_takes(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.wav")
+    soundfile.write(os.fsencode(tmp_path / name), melody(16000), 16000, format="WAV")
+    with pytest.raises(MoleError, match=r"caf\\udce9\.wav': the name of the file is not UTF-8"):
+        read_audio(tmp_path / name)
+    soundfile.write(tmp_path / "slow.wav", melody(16000), 7)
+    with pytest.raises(MoleError, match=r"slow\.wav: has a sampling rate of 7 Hz"):
+        read_audio(tmp_path / "slow.wav")
 
 
 def test_reading_at_the_right_rate_imports_no_torch(tmp_path: Path) -> None:

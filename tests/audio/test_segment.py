@@ -61,6 +61,13 @@ def test_long_silence_is_left_out() -> None:
                         (pytest.approx(42.8, abs=0.05), pytest.approx(47.7, abs=0.05))]  # fmt: skip
 
 
+def test_a_jingle_leaves_quiet_speech_in() -> None:
+    audio_S = np.concatenate([5 * bursts([(0, 4.0)], 16000), 0.05 * bursts([(0.5, 4.0)] * 40, 16000, seed=1)])
+    segments = speech_segments(audio_S, 16000)
+    assert segments[-1][1] == pytest.approx(len(audio_S) / 16000, abs=0.3)
+    assert sum(end - start for start, end in segments) > 160
+
+
 def test_a_long_stretch_is_cut_in_its_pauses() -> None:
     audio_S = bursts([(0, 12.0), (0.4, 14.0), (0.4, 13.0)], 16000, floor=1e-4)
     segments = speech_segments(audio_S, 16000, max_seconds=20.0)

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mole_asr.score.language_id import calibration_error, language_id
-from mole_asr.score.pairs import Pair
+from mole_asr.score.language_id import LanguageId, calibration_error, language_id
+from mole_asr.score.pairs import UNKNOWN_LANGUAGE, Pair
 
 
 def pair(heard: str | None, reliability: float | None) -> Pair:
@@ -22,6 +22,11 @@ def test_hypotheses_that_do_not_tell() -> None:
     found = language_id([pair(None, None)])
     assert found.language_id_accuracy is found.ece is found.reliability_right is None
     assert language_id([pair("en", None)]).language_id_accuracy == 100
+
+
+def test_references_that_name_no_language_have_no_right_answer() -> None:
+    told = Pair("a", "", "", UNKNOWN_LANGUAGE, hypothesis_language="de", reliability=0.9)
+    assert language_id([told]) == LanguageId()
 
 
 def test_calibration_error_by_hand() -> None:

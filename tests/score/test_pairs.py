@@ -68,6 +68,8 @@ def test_combining_marks_are_kept(tmp_path: Path) -> None:
         ("h.txt", "x\n", "has no utterance ids"),
         ("h.jsonl", "", "is empty"),
         ("h.jsonl", '{"id": "a"}\n', "line 1 lacks 'id' or 'text'"),
+        ("h.jsonl", "\n\n{no\n", "line 3 is not JSON"),
+        ("h.jsonl", '{"id": "a", "text": "", "duration_s": NaN}\n', "line 1: duration_s nan is no length"),
         ("h.jsonl", '{"id": "a", "text": "x"}\nnonsense\n', "line 2 is not JSON"),
         ("h.jsonl", '{"id": "a", "text": "x", "reliability": "high"}\n', "reliability 'high'"),
         ("h.jsonl", '{"id": "a", "text": "x", "reliability": NaN}\n', "is not between 0 and 1"),

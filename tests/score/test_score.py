@@ -125,6 +125,8 @@ def test_plain_text_by_line(tmp_path: Path) -> None:
     assert "hours" not in str(report)
     with pytest.raises(MoleError, match="German"):
         score(tmp_path / "r.txt", tmp_path / "h.txt", language="German")
+    with pytest.raises(MoleError, match="French"):
+        score(tmp_path / "r.txt", tmp_path / "h.txt", fold_accents=["French"])
 
 
 def test_output_files(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -157,7 +159,9 @@ def test_intervals_hold_the_rate_on_a_larger_set(tmp_path: Path) -> None:
     heard = [
         {"id": line["id"], "text": " ".join(w if generator.random() > 0.2 else "x" for w in "abcde")} for line in said
     ]
-    report = score(jsonl(tmp_path / "r.jsonl", *said), jsonl(tmp_path / "h.jsonl", *heard))
+    files = jsonl(tmp_path / "r.jsonl", *said), jsonl(tmp_path / "h.jsonl", *heard)
+    report = score(*files)
+    assert score(*files, seed=1).pooled.wer_interval != report.pooled.wer_interval
     for group in (report.macro, report.pooled, *report.languages.values()):
         assert group.wer is not None and group.wer_interval is not None
         assert group.wer_interval[0] < group.wer < group.wer_interval[1]

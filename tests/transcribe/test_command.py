@@ -76,6 +76,9 @@ def test_a_text_beside_a_recording_is_never_overwritten(tmp_path: Path) -> None:
             transcribe([str(file) for file in files], model="m", output=str(output))
     transcribe([str(path)], model="m", format="json", output=str(path.parent))
     assert (tmp_path / "in" / "x.txt").read_text() == "a reference"
+    other = write_sound(tmp_path / "noisy" / "x.flac", CD)  # another recording of the same name
+    with pytest.raises(MoleError, match=r"x\.txt.*another --output"):
+        transcribe([str(other)], model="m", output=str(path.parent))
     (tmp_path / "in" / "x.txt").unlink()
     transcribe([str(path)], model="m", output=str(path.parent))
     assert (tmp_path / "in" / "x.txt").read_text() == "ab\n"
@@ -186,3 +189,5 @@ def test_weights_go_to_the_search(tmp_path: Path, transcriber: Transcriber, caps
         assert capsys.readouterr().out == f"{path} [en]: {text}\n"
     transcribe([str(path)], model="m", length_bonus=50.0)  # every token is worth a lot
     assert len(capsys.readouterr().out.split(": ")[1]) > 4
+    with pytest.raises(MoleError, match=r"ngram-weight, length-bonus: serve the search of the CTC head"):
+        transcribe([str(path)], model="m", beam=0, ngram_weight=1.0)

@@ -69,6 +69,15 @@ def test_subtitles_read_back(words: list[tuple[str, float, float]]) -> None:
         assert cue[1] - cue[0] >= 0.999 or cue[1] == following[0]
 
 
+def test_a_text_without_spaces_is_cut_into_cues() -> None:
+    text = "音声認識" * 25
+    for seconds in (27.0, 4.0):
+        srt = parse_cues(WRITERS["srt"](transcript_of([(text, 1.0, seconds)])))
+        assert "".join("".join(lines) for *_, lines in srt) == text
+        assert all(b - a <= 7.002 and len(lines) <= 2 and max(map(len, lines)) <= 42 for a, b, lines in srt)
+        assert srt[0][0] == 1.0 and srt[-1][1] == pytest.approx(1 + seconds, abs=1e-3)
+
+
 def test_srt_is_numbered_and_vtt_has_its_header_and_escapes() -> None:
     transcript = transcript_of([("one", 0.0, 0.5), ("<two>", 4.0, 0.5), ("three", 4.0, 0.5)])
     assert WRITERS["srt"](transcript).split("\n\n")[1].startswith("2\n00:00:04,500 --> 00:00:05,500\n<two>")
