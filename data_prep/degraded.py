@@ -50,19 +50,32 @@ def prepare(manifest: str | Path, output: str | Path, kind: str = "noise") -> No
     if output.suffix != ".jsonl":
         raise MoleError(f"{output}: name the manifest to write, such as {output}.jsonl")
     source = Manifest(manifest)
-    if output.absolute() == source.path:
+    if output.resolve() == source.path.resolve():
         raise MoleError(f"{output}: the copy would replace the manifest that it is made of; give another name")
     if kind == "noise" and len(source) < 2:
         raise MoleError(f"{manifest}: babble is made of other utterances, and it has {len(source)}; give more")
+    paths = _paths(source, output)
+    output.unlink(missing_ok=True)  # what an interrupted run leaves must not look whole
     utterances = []
     for row, utterance in enumerate(source):
         audio_S = kinds[kind](source, row, _generator(kind, utterance.id))
         # What would not fit into 16 bits is made softer, not clipped: clipping is no part of the task.
         audio_S = audio_S / max(1.0, float(np.abs(audio_S).max()))
-        path = output.absolute().with_suffix("") / f"{utterance.id.replace('/', '_')}.wav"
-        utterances.append(_moved(utterance, path, write_wav(audio_S, SAMPLING_RATE_HZ, path)))
+        num_samples = write_wav(audio_S, SAMPLING_RATE_HZ, paths[utterance.id])
+        utterances.append(_moved(utterance, paths[utterance.id], num_samples))
     write_manifest(utterances, output)
     print(f"{output}: {len(utterances)} utterances, {source.durations_s.sum() / 3600:.2f} h ({kind})")
+
+
+def _paths(source: Manifest, output: Path) -> dict[str, Path]:
+    """Where the recording of each utterance goes."""
+    folder = output.absolute().with_suffix("")
+    owners: dict[str, str] = {}
+    for utterance in source:
+        other = owners.setdefault(utterance.id.replace("/", "_"), utterance.id)
+        if other != utterance.id:
+            raise MoleError(f"{source.path}: the ids {other!r} and {utterance.id!r} name one file; change one of them")
+    return {id: folder / f"{name}.wav" for name, id in owners.items()}
 
 
 def telephone_line(audio_S: np.ndarray, law: str) -> np.ndarray:

@@ -140,9 +140,15 @@ def _table_items(table: Path, language: str | None) -> Iterator[_Item]:
         if split and split not in SPLITS:
             raise MoleError(f"{where}: {split!r} is no split; choose from {', '.join(SPLITS)}, or leave it empty")
         path = Path(row["path"])
+        if not path.name:
+            raise MoleError(f"{where}: {row['path']!r} is no file")
         name = path.with_suffix("").as_posix().lstrip("./")
         speaker = row.get("speaker") or None
-        yield _Item(table.parent / path, name, row["text"], check_language(row_language), speaker, split)
+        try:
+            check_language(row_language)
+        except MoleError as error:
+            raise MoleError(f"{where}: {error}") from None
+        yield _Item(table.parent / path, name, row["text"], row_language, speaker, split)
 
 
 def _table_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -152,13 +158,20 @@ def _table_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
             if table.suffix == ".jsonl":
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield number, {key: str(value) for key, value in json.loads(line).items() if value is not None}
+                        yield number, _parse_row(line, f"{table}, row {number}")
             elif table.suffix == ".tsv":
                 yield from enumerate(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1)
             else:
                 yield from enumerate(csv.DictReader(file), 1)
     except (OSError, ValueError, AttributeError, csv.Error) as error:
         raise MoleError(f"{table}: the table cannot be read ({error})") from None
+
+
+def _parse_row(line: str, where: str) -> dict[str, str]:
+    try:
+        return {key: str(value) for key, value in json.loads(line).items() if value is not None}
+    except (ValueError, AttributeError):
+        raise MoleError(f"{where}: is no JSON object") from None
 
 
 def _utterance(item: _Item, fold_accents: bool, ids: Counter[str]) -> Utterance:
@@ -169,7 +182,7 @@ def _utterance(item: _Item, fold_accents: bool, ids: Counter[str]) -> Utterance:
     text = normalize(_read_text(item.text), item.language, fold_accents)
     if not text:
         raise MoleError("its transcript has no words")
-    name = item.name.replace("/", "_")
+    name = item.name.replace("/", "_").replace("#", "_")  # "#2" is for the second of one name
     ids[name] += 1
     return Utterance(
         id=name if ids[name] == 1 else f"{name}#{ids[name]}",

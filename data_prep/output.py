@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,8 @@ def write_corpus(
     """
     (output / "prepared.json").unlink(missing_ok=True)
     rows = [("language", "name", "reason"), *left_out]
-    write_text(output / "left_out.tsv", "".join("\t".join(row) + "\n" for row in rows))
+    lines = ("\t".join(" ".join(cell.split()) for cell in row) for row in rows)  # no cell may end its column or line
+    write_text(output / "left_out.tsv", "".join(f"{line}\n" for line in lines))
     for split, members in utterances.items():
         write_manifest(members, manifest_path(output, split))
     if recipe is not None:
@@ -58,7 +60,7 @@ def code_recipe(settings: Mapping[str, Any], *code: str | Path) -> str:
 def is_done(output: Path, recipe: str, splits: Sequence[str] = SPLITS) -> bool:
     """Whether `output` was wholly written by `recipe`, and all its recordings are still there and whole."""
     stamp = output / "prepared.json"
-    if not stamp.exists() or stamp.read_text(encoding="utf-8") != recipe:
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != recipe or not (output / "left_out.tsv").exists():
         return False
     try:
         manifests = [Manifest(manifest_path(output, split)) for split in splits]
@@ -68,9 +70,18 @@ def is_done(output: Path, recipe: str, splits: Sequence[str] = SPLITS) -> bool:
     return all(clips.wav_samples(utterance.audio_path) == utterance.num_samples for utterance in utterances)
 
 
+def discard_old_audio(output: Path, recipe: str) -> None:
+    """Removes recordings that other code has stored: they are whole, and may be others than this recipe's."""
+    stamp, code = output / "audio" / "code", json.loads(recipe)["code"]
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != code:
+        shutil.rmtree(stamp.parent, ignore_errors=True)
+        write_text(stamp, code)
+
+
 def print_left_out(output: Path) -> None:
     """Prints what was left out: counts a reason and language."""
-    rows = [line.split("\t") for line in (output / "left_out.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    lines = (output / "left_out.tsv").read_text(encoding="utf-8").split("\n")[1:-1]
+    rows = [line.split("\t") for line in lines]
     for (language, reason), count in sorted(Counter((row[0], row[2]) for row in rows).items()):
         print(f"left out: {language:3} {count:4d} {reason}")
     if rows:

@@ -23,7 +23,7 @@ import numpy as np
 from mole_asr.corpus.manifest import Utterance
 from mole_asr.data_prep import debian
 from mole_asr.data_prep.clips import Clip, store
-from mole_asr.data_prep.output import SPLITS, code_recipe, is_done, print_summary, write_corpus
+from mole_asr.data_prep.output import SPLITS, code_recipe, discard_old_audio, is_done, print_summary, write_corpus
 from mole_asr.errors import MoleError
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
@@ -74,11 +74,13 @@ def prepare(output: str | Path, languages: Sequence[str] = LANGUAGES, source: st
     output = Path(output)
     _check_languages(languages)
     folder = Path(source) if source is not None else output / "packages"
-    recipe = code_recipe({"languages": list(languages)}, __file__)
+    groups = Path(__file__).with_name("prompts_groups.tsv")
+    recipe = code_recipe({"languages": list(languages)}, __file__, debian.__file__, groups)
     if not is_done(output, recipe):
         if source is None:
             fetch_packages(languages, folder)
         packages = debian.verified(_sums(languages), folder)
+        discard_old_audio(output, recipe)
         utterances: dict[str, list[Utterance]] = {split: [] for split in SPLITS}
         left_out: list[tuple[str, str, str]] = []
         for language in languages:
@@ -201,3 +203,5 @@ def _check_languages(languages: Sequence[str]) -> None:
     for language in languages:
         if language not in LANGUAGES:
             raise MoleError(f"the prompt corpus has no language {language!r}; choose from {', '.join(LANGUAGES)}")
+    if not languages or len(set(languages)) < len(languages):
+        raise MoleError(f"languages: give some of {', '.join(LANGUAGES)}, each once")

@@ -24,7 +24,7 @@ import numpy as np
 
 from mole_asr.corpus.manifest import Manifest, Utterance
 from mole_asr.data_prep.clips import Clip, decode, store
-from mole_asr.data_prep.output import write_corpus
+from mole_asr.data_prep.output import manifest_path, write_corpus
 from mole_asr.errors import MoleError
 
 ENGINES = ("espeak-ng", "pico")
@@ -95,6 +95,8 @@ def prepare(manifest: str | Path, output: str | Path, copies: int = 1, engines: 
     """
     output = Path(output)
     _check(copies, engines)
+    if manifest_path(output, "train").resolve() == Path(manifest).resolve():
+        raise MoleError(f"{output}: its cuts_train.jsonl would replace the manifest that is read; give another folder")
     jobs, left_out = _plan(Manifest(manifest), copies, engines)
     if not jobs:
         raise MoleError(f"{manifest}: it has no text in a language that {' or '.join(engines)} speaks")

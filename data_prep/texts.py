@@ -28,9 +28,10 @@ from mole_asr.data_prep.texts_clean import fault, normal_form, plain, sentences
 from mole_asr.data_prep.texts_files import Entry, LeftOut, Text, summary, texts_path, write_texts
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
+from mole_asr.score import scripts
 
 LICENCES = {"udhr": texts_udhr.LICENCE, "firefox": texts_firefox.LICENCE, **texts_catalogues.LICENCES}
-_MODULES = (debian, texts_catalogues, texts_clean, texts_files, texts_firefox, texts_split, texts_udhr)
+_MODULES = (debian, scripts, texts_catalogues, texts_clean, texts_files, texts_firefox, texts_split, texts_udhr)
 # Alike in British English, which ours is, and American, in which stands what nobody has translated.
 _SPELLINGS = (("our", "or"), ("ll", "l"), ("z", "s"), ("c", "s"))
 

@@ -21,7 +21,14 @@ from types import ModuleType
 from mole_asr.corpus.manifest import Manifest, Utterance
 from mole_asr.data_prep import debian, drascula, festvox_ru, fillets, prompts, queen, tuxpaint
 from mole_asr.data_prep.clips import Clip, store
-from mole_asr.data_prep.output import code_recipe, is_done, manifest_path, print_left_out, write_corpus
+from mole_asr.data_prep.output import (
+    code_recipe,
+    discard_old_audio,
+    is_done,
+    manifest_path,
+    print_left_out,
+    write_corpus,
+)
 
 SPLITS = ("train", "dev", "test", "unseen")
 SOURCES: dict[str, ModuleType] = {
@@ -59,6 +66,7 @@ def prepare(output: str | Path, source: str | Path | None = None) -> None:
         if source is None:
             debian.fetch(sums, folder)
         packages = debian.verified(sums, folder)
+        discard_old_audio(output, recipe)
         utterances: dict[str, list[Utterance]] = {split: [] for split in SPLITS}
         left_out: list[tuple[str, str, str]] = []
         for name, module in SOURCES.items():

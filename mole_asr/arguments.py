@@ -1,7 +1,7 @@
 """One line for what is wrong with a command line."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from mole_asr.errors import MoleError
@@ -35,11 +35,25 @@ def explain(message: str, keys: Iterable[str], dashes: str = "") -> str:
     return " ".join(message.split())
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int, key: str = "--seed") -> None:
     """Refuses what no generator of random numbers takes.
+
+    Args:
+        seed: to check.
+        key: where the user gave it.
 
     Raises:
         MoleError: it is none of 0 to 2^63 - 1.
     """
     if not 0 <= seed < _SEEDS:
-        raise MoleError(f"--seed {seed}: must be from 0 to {_SEEDS - 1}")
+        raise MoleError(f"{key} {seed}: must be from 0 to {_SEEDS - 1}")
+
+
+def check_once(languages: Sequence[str]) -> None:
+    """Refuses codes of languages that stand twice.
+
+    Raises:
+        MoleError: one does.
+    """
+    if twice := next((code for code in languages if languages.count(code) > 1), None):
+        raise MoleError(f"data.languages: {twice} stands twice; keep one")

@@ -167,7 +167,8 @@ def _call(function: Any, verb: Verb, words: list[str], program: str) -> Any:
     parameters = signature(function).parameters
     kinds = {f"--{name}": parameter.annotation for name, parameter in parameters.items()}
     try:
-        options = parser.parse_args(_spell([_dashes(word) for word in words], kinds))
+        behind = words.index("--") if "--" in words else len(words)  # what stands there is no option
+        options = parser.parse_args(_spell([_dashes(word) for word in words[:behind]], kinds) + words[behind:])
     except ArgumentError as error:
         raise _WrongWordsError(explain(str(error), parameters, "--")) from None
     return function(**options.as_dict())

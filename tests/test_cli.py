@@ -272,6 +272,14 @@ def test_values_with_dashes_stay_as_they_are(capsys: pytest.CaptureFixture[str])
     assert "no-such-file" in err
 
 
+def test_what_stands_behind_two_dashes_is_no_option() -> None:
+    def function(prompt: str, a_flag: bool = False) -> str:
+        return f"{prompt} {a_flag}"
+
+    found = cli._call(function, cli.Verb("", ""), ["--a-flag", "--", "--well-known thing"], "mole-asr")
+    assert found == "--well-known thing True"
+
+
 # --- score and report
 
 

@@ -27,8 +27,10 @@ Recogniser: TypeAlias = MoleModel | PretrainedModel
 
 
 def save_model(model: Recogniser, tokenizer: TextTokenizer, folder: str | Path) -> None:
-    """Writes all files; the weights come last, so a folder that has none is not whole."""
+    """Writes all files; the weights go first and come last, so a folder that has none is not whole."""
     folder = Path(folder)
+    weights = folder / "model.safetensors"
+    weights.unlink(missing_ok=True)
     config: dict[str, Any] = {"format": FORMAT, "vocab_size": model.vocab_size}
     if isinstance(model, PretrainedModel):
         config |= {"pretrained": asdict(model.config), model.kind: asdict(model.sizes)}
@@ -44,7 +46,7 @@ def save_model(model: Recogniser, tokenizer: TextTokenizer, folder: str | Path) 
     tokenizer.save(folder)
     write_text(folder / "languages.json", json.dumps(model.languages) + "\n")
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    with atomic_path(folder / "model.safetensors") as temporary:
+    with atomic_path(weights) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
 
 

@@ -6,18 +6,19 @@ The order is `BatchPlan` (which rows) -> `SpeechDataset` (reads and augments the
 import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from mole_asr.arguments import check_once, check_seed
 from mole_asr.audio.augment import AugmentConfig
 from mole_asr.audio.features import FRAME_SHIFT_S, SUBSAMPLING
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.batch_plan import BatchPlan, Selection, required_frames
 from mole_asr.corpus.dataset import BatchKey, LabelTable, SpeechDataset
+from mole_asr.corpus.loader import PlacedLoader, place_of
 from mole_asr.corpus.manifest import Manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
@@ -25,12 +26,8 @@ from mole_asr.errors import MoleError
 log = logging.getLogger(__name__)
 
 
-class PlanLoader:
-    """Iterates over the batches of one rank, from where the trainer stands.
-
-    It keeps no place of its own: `__iter__` is a generator, so it asks for the place at the first fetch, when Lightning
-    has restored or advanced its counters. Those counters are saved in every checkpoint, which is all a resume needs.
-    It is no DataLoader, so Lightning injects no sampler into it.
+class PlanLoader(PlacedLoader):
+    """Iterates over the batches of a plan.
 
     Args:
         dataset: makes a batch from a key.
@@ -50,12 +47,12 @@ class PlanLoader:
         num_workers: int,
         place: Callable[[], tuple[int, int]],
     ) -> None:
+        super().__init__(plan.num_batches, place, "utterances")
         self.dataset = dataset
         self.plan = plan
         self.rows = rows
         self.rank = rank
         self.skipped: set[str] = set()
-        self._place = place
         self._keys: list[BatchKey] = []
         self._loader = DataLoader(
             dataset,
@@ -67,11 +64,8 @@ class PlanLoader:
             generator=torch.Generator(),
         )
 
-    def __len__(self) -> int:
-        return self.plan.num_batches
-
     def __iter__(self) -> Iterator[Batch]:
-        epoch, first = self._place()
+        epoch, first = self.place()
         batches = self.plan.batches(epoch, self.rank)
         # Numbered over all ranks: no two draw the same augmentation.
         keys = enumerate(batches)
@@ -82,20 +76,6 @@ class PlanLoader:
                 log.warning("skipped %s", reason)
             self.skipped.update(batch.skipped)
             yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to restore, only something to check."""
-        return {"num_batches": len(self)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Warns if the data or the batch size changed since the checkpoint was written."""
-        if state["num_batches"] != len(self):
-            log.warning(
-                "an epoch had %d batches when the checkpoint was written and has %d now: "
-                "the rest of the current epoch repeats or misses some utterances",
-                state["num_batches"],
-                len(self),
-            )
 
 
 class SpeechDataModule(LightningDataModule):
@@ -136,10 +116,14 @@ class SpeechDataModule(LightningDataModule):
         augment: AugmentConfig | None = None,
     ) -> None:
         super().__init__()
-        if temperature < 1:
-            raise MoleError(f"temperature: {temperature:g} is below 1; 1 is the natural distribution of languages")
-        if batch_seconds <= 0:
-            raise MoleError(f"batch_seconds: {batch_seconds:g} must be positive")
+        if not temperature >= 1:  # it may be no number
+            raise MoleError(f"data.temperature: {temperature:g} is below 1, the natural distribution of languages")
+        bounds = {"batch_seconds": batch_seconds, "valid_batch_seconds": valid_batch_seconds}
+        for name, bound in {**bounds, "max_batch_labels": max_batch_labels}.items():
+            if bound is not None and not bound > 0:
+                raise MoleError(f"data.{name}: {bound:g} must be positive")
+        check_seed(seed, "data.seed")
+        check_once(languages or [])
         self.train_manifest = train_manifest
         self.valid_manifest = valid_manifest
         self.tokenizer_path = tokenizer
@@ -192,7 +176,7 @@ class SpeechDataModule(LightningDataModule):
 
     def train_dataloader(self) -> PlanLoader:
         """Batches of the current epoch that are still to come."""
-        return self._loader("train", self.batch_seconds, self._place, temperature=self.temperature)
+        return self._loader("train", self.batch_seconds, lambda: place_of(self.trainer), temperature=self.temperature)
 
     def val_dataloader(self) -> PlanLoader:
         """All validation batches, longest first, the same every time."""
@@ -266,9 +250,3 @@ class SpeechDataModule(LightningDataModule):
         )
         rank = self.trainer.global_rank if self.trainer else 0
         return PlanLoader(dataset, plan, rows, rank, self.num_workers, place)
-
-    def _place(self) -> tuple[int, int]:
-        """Epoch and next batch from Lightning's own counters, which its checkpoints carry."""
-        if self.trainer is None:
-            return 0, 0
-        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready

@@ -88,8 +88,9 @@ class Manifest:
             raise MoleError(f"{path}: a compressed manifest cannot be read row by row; unpack it first (gunzip)")
         ids: set[str] = set()
         offsets, durations, lengths, names = [0], [], [], []
+        self._open()
         try:
-            with self.path.open("rb") as file:
+            with os.fdopen(os.dup(self._descriptor), "rb") as file:
                 for line in file:
                     if line.isspace():
                         offsets[-1] += len(line)
@@ -111,7 +112,6 @@ class Manifest:
         self.languages = sorted(set(names) - {""})
         index = {name: i for i, name in enumerate(self.languages)} | {"": -1}
         self.language_ids = np.array([index[name] for name in names], dtype=np.int16)
-        self._descriptor: tuple[int, int] | None = None  # (process id, file descriptor), opened when first needed
 
     def __len__(self) -> int:
         return len(self.durations_s)
@@ -119,27 +119,39 @@ class Manifest:
     def __getitem__(self, row: int) -> Utterance:
         """Reads one row from the file; negative rows count from the end."""
         row = range(len(self))[int(row)]
-        if self._descriptor is None or self._descriptor[0] != os.getpid():
-            self._descriptor = (os.getpid(), os.open(self.path, os.O_RDONLY))
         start, end = int(self._offsets[row]), int(self._offsets[row + 1])
-        # pread keeps no position, so threads cannot disturb each other.
-        return self._parse(os.pread(self._descriptor[1], end - start, start), row)
+        # pread keeps no position, so neither threads nor forked processes can disturb each other.
+        return self._parse(os.pread(self._descriptor, end - start, start), row)
 
     def __iter__(self) -> Iterator[Utterance]:
         return (self[row] for row in range(len(self)))
 
+    def _open(self) -> None:
+        """Opens the file, for good: what replaces it at its path has other rows."""
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise MoleError(f"{self.path}: the manifest cannot be read ({error.strerror})") from None
+        facts = os.fstat(self._descriptor)
+        self._version = (facts.st_size, facts.st_mtime_ns)
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_descriptor": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_descriptor"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+        if self._version != state["_version"]:
+            raise MoleError(f"{self.path}: the manifest has changed since it was read; start again")
 
     def __del__(self) -> None:
-        descriptor = getattr(self, "_descriptor", None)
-        if descriptor is not None and descriptor[0] == os.getpid():
-            os.close(descriptor[1])
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
 
     def _parse(self, line: bytes, row: int) -> Utterance:
         try:
             return _from_cut(json.loads(line), self.path.parent)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise MoleError(f"{self.path}: row {row + 1} is no lhotse cut that we can read: {reason}") from None
 
@@ -192,13 +204,19 @@ def _from_cut(cut: dict[str, Any], folder: Path) -> Utterance:
         raise ValueError(f"it picks one of {len(channels)} channels, and we average them; save it as audio first")
     supervisions = sorted(cut.get("supervisions", []), key=lambda supervision: supervision.get("start", 0.0))
     first = supervisions[0] if supervisions else {}
-    duration_s = float(cut.get("duration", recording.get("duration", 0)))
+    start_s, duration_s = float(cut.get("start", 0)), float(cut.get("duration", recording.get("duration", 0)))
     if not 0 < duration_s < float("inf"):
         raise ValueError(f"its duration is {duration_s} s")
+    if not 0 <= start_s < float("inf"):
+        raise ValueError(f"its start is {start_s} s")
+    if int(recording["sampling_rate"]) < 1:
+        raise ValueError(f"its sampling rate is {recording['sampling_rate']}")
+    if not isinstance(first.get("language") or "", str):
+        raise ValueError(f"its language is {first['language']!r}")
     return Utterance(
         id=str(cut["id"]),
         audio_path=folder / sources[0]["source"],
-        start_s=float(cut.get("start", 0.0)),
+        start_s=start_s,
         duration_s=duration_s,
         sampling_rate_hz=int(recording["sampling_rate"]),
         text=" ".join(s["text"] for s in supervisions if s.get("text")),

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from contextlib import suppress
 from functools import lru_cache
 
 # Signs that belong to the spelling of a word when they stand between two letters. The apostrophe does so in every
@@ -91,6 +92,7 @@ def _number_words(number: str, code: str) -> str:
     from num2words import num2words
 
     whole, _, fraction = number.partition(".")
-    if len(whole) > _MAX_DIGITS or (len(whole) > 1 and whole[0] == "0") or len(fraction) > 6:
-        return " ".join(num2words(int(digit), lang=code) for digit in whole + fraction)
-    return num2words(float(number) if fraction.strip("0") else int(whole), lang=code)
+    if len(whole) <= _MAX_DIGITS and (len(whole) == 1 or whole[0] != "0") and len(fraction) <= 6:
+        with suppress(KeyError):  # some languages of num2words have a hole, such as Hungarian 3.14159
+            return num2words(float(number) if fraction.strip("0") else int(whole), lang=code)
+    return " ".join(num2words(int(digit), lang=code) for digit in whole + fraction)

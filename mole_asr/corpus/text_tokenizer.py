@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import sentencepiece
 
+from mole_asr.arguments import check_seed
 from mole_asr.corpus.manifest import Manifest
 from mole_asr.corpus.texts import holds_texts, read_texts
 from mole_asr.errors import MoleError
@@ -140,6 +141,7 @@ def train_tokenizer(
     Raises:
         MoleError: no texts, or a `vocab_size` that does not fit the texts.
     """
+    check_seed(seed)
     sentences = _sentences(manifest, balance, seed)
     _check_vocab_size(vocab_size, sentences, byte_fallback)
     tokenizer = _train(sentences, vocab_size, byte_fallback, model_type, hard_limit=model_type != "char")
@@ -171,6 +173,9 @@ def extend_tokenizer(
     Raises:
         MoleError: no texts, or `extra_pieces` is too small for the new characters of a tokenizer without byte fallback.
     """
+    check_seed(seed)
+    if extra_pieces < 0:
+        raise MoleError(f"extra_pieces={extra_pieces}: must not be negative")
     protobuf: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # its classes are made at run time
     old = TextTokenizer(tokenizer)
     model = protobuf.ModelProto.FromString(old.model)

@@ -17,7 +17,7 @@ def read_texts(path: str | Path) -> dict[str, list[str]]:
     """
     texts: dict[str, list[str]] = {}
     try:
-        lines = Path(path).read_bytes().decode("utf-8").split("\n")  # `splitlines` would cut at U+2028 too
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")  # `splitlines` would cut at U+2028 too
     except OSError as error:
         raise MoleError(f"{path}: cannot be read ({error.strerror}); make it with `mole-asr prepare texts`") from None
     except UnicodeDecodeError:
@@ -47,10 +47,10 @@ def is_unicode(text: str) -> bool:
 
 
 def holds_texts(path: str | Path) -> bool:
-    """Whether a file's first line is a text, and no cut of a manifest; false for what cannot be read."""
+    """Whether a file's first filled line is a text, and no cut of a manifest; false for what cannot be read."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            entry = json.loads(file.readline())
+        with Path(path).open(encoding="utf-8-sig") as file:
+            entry = json.loads(next((line for line in file if line.strip()), ""))
     except (OSError, ValueError):
         return False
     return isinstance(entry, dict) and "text" in entry

@@ -37,8 +37,10 @@ class LanguageModel:
 
 
 def save_text_model(language_model: LanguageModel, folder: str | Path) -> None:
-    """Writes all files; the weights come last, so a folder that has none is not whole."""
+    """Writes all files; the weights go first and come last, so a folder that has none is not whole."""
     folder, model = Path(folder), language_model.model
+    weights = folder / "model.safetensors"
+    weights.unlink(missing_ok=True)
     config = {
         "format": FORMAT,
         "vocab_size": model.vocab_size,
@@ -51,7 +53,7 @@ def save_text_model(language_model: LanguageModel, folder: str | Path) -> None:
     language_model.vocabulary.save(folder)
     write_text(folder / "languages.json", json.dumps(model.languages) + "\n")
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    with atomic_path(folder / "model.safetensors") as temporary:
+    with atomic_path(weights) as temporary:
         save_model(model, str(temporary))  # keeps one copy of a router that layers share
 
 

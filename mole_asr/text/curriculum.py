@@ -84,5 +84,5 @@ class Complexities:
         return {str(epoch): table for epoch, table in self._after.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        self._after = {int(epoch): table for epoch, table in state.items()}
+        """From a checkpoint; vectors of another number of windows are of other windows, and forgotten."""
+        self._after = {int(epoch): table for epoch, table in state.items() if len(table) == self.num_windows}

@@ -9,8 +9,10 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from mole_asr.arguments import check_once, check_seed
 from mole_asr.corpus.batch_plan import BatchPlan
 from mole_asr.corpus.languages import MAJOR_LANGUAGES
+from mole_asr.corpus.loader import PlacedLoader, place_of
 from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.text.curriculum import Complexities
@@ -21,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class CurriculumPlan(BatchPlan):
-    """A plan whose epochs follow a curriculum; as many batches as without."""
+    """A plan whose epochs can follow a curriculum, of as many batches; the "seconds" of a batch are its windows."""
 
     def ordered_batches(self, epoch: int, order: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
         """The batches of one epoch, sorted inside by language.
@@ -36,8 +38,8 @@ class CurriculumPlan(BatchPlan):
         return [batch[np.argsort(self.language_ids[batch], kind="stable")] for batch in batches]
 
 
-class WindowLoader:
-    """Iterates over batches of windows, from where the trainer stands; it keeps no place of its own.
+class WindowLoader(PlacedLoader):
+    """Iterates over batches of windows.
 
     Args:
         windows: of all languages.
@@ -53,30 +55,13 @@ class WindowLoader:
         num_batches: int,
         place: Callable[[], tuple[int, int]],
     ) -> None:
-        self.windows, self.num_batches = windows, num_batches
-        self._batches, self._place = batches, place
-
-    def __len__(self) -> int:
-        return self.num_batches
+        super().__init__(num_batches, place, "windows")
+        self.windows, self._batches = windows, batches
 
     def __iter__(self) -> Iterator[TextBatch]:
-        epoch, first = self._place()
+        epoch, first = self.place()
         for rows in self._batches(epoch)[first:]:
             yield self.windows.batch(rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to restore, only something to check."""
-        return {"num_batches": len(self)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Warns if the texts or the batch size changed since the checkpoint was written."""
-        if state["num_batches"] != len(self):
-            log.warning(
-                "an epoch had %d batches when the checkpoint was written and has %d now: "
-                "the rest of the current epoch repeats or misses some windows",
-                state["num_batches"],
-                len(self),
-            )
 
 
 class TextDataModule(LightningDataModule):
@@ -95,7 +80,7 @@ class TextDataModule(LightningDataModule):
         valid_windows_per_language: the same for validation.
         temperature: languages are sampled with p ~ tokens^(1/temperature); 1 takes every window once an epoch.
         curriculum: order windows by how many of their tokens needed a second expert (policy "adaptive").
-        seed: of the order.
+        seed: of the order of the training windows, and of their choice.
     """
 
     def __init__(
@@ -116,15 +101,16 @@ class TextDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.window, self.batch_windows = window, batch_windows
-        self.valid_batch_windows = valid_batch_windows or batch_windows
+        self.valid_batch_windows = batch_windows if valid_batch_windows is None else valid_batch_windows
         self.per_language = {"train": windows_per_language, "valid": valid_windows_per_language}
-        for name in ("window", "batch_windows", "valid_batch_windows"):
-            if getattr(self, name) < 1:
-                raise MoleError(f"data.{name}: {getattr(self, name)} must be positive")
-        for limit in self.per_language.values():
-            if limit is not None and limit < 1:
-                raise MoleError(f"data.windows_per_language: {limit} must be positive, or left out")
-        if temperature < 1:
+        numbers = {"window": window, "batch_windows": batch_windows, "valid_batch_windows": valid_batch_windows}
+        numbers |= {f"{'valid_' * (split == 'valid')}windows_per_language": n for split, n in self.per_language.items()}
+        for name, number in numbers.items():
+            if number is not None and number < 1:
+                raise MoleError(f"data.{name}: {number} must be positive")
+        check_seed(seed, "data.seed")
+        check_once(languages or [])
+        if not temperature >= 1:  # it may be no number
             raise MoleError(f"data.temperature: {temperature:g} is below 1, the natural distribution of languages")
         self.paths = {"train": train_texts, "valid": valid_texts}
         self.vocabulary_name = vocabulary
@@ -174,11 +160,14 @@ class TextDataModule(LightningDataModule):
             if split in self.windows:
                 continue
             texts = {code: texts for code, texts in self._read(split).items() if code in self.languages}
+            if self._languages is None and (others := [code for code in self._read(split) if code not in texts]):
+                log.warning("%s: left out are texts in %s, which train lacks", self.paths[split], ", ".join(others))
             if not texts:
                 use = "train" if split == "train" else "validate"
                 raise MoleError(f"{self.paths[split]}: nothing to {use} on: no text in the languages of the model")
             packed = pack_windows(texts, self.languages, self.vocabulary, self.window, fill=split == "train")
-            self.windows[split] = packed.thinned(self.per_language[split], self.seed)
+            # Trainings of all seeds are validated on the same texts.
+            self.windows[split] = packed.thinned(self.per_language[split], self.seed if split == "train" else 0)
             del self._texts[split]
         if self.curriculum and self.complexities is None and "train" in self.windows:
             if self.trainer is not None and self.trainer.world_size > 1:
@@ -196,7 +185,7 @@ class TextDataModule(LightningDataModule):
                 return plan.batches(epoch, rank)
             return plan.ordered_batches(epoch, lambda rows: complexities.order(epoch, rows))
 
-        return WindowLoader(windows, batches, plan.num_batches, self._place)
+        return WindowLoader(windows, batches, plan.num_batches, lambda: place_of(self.trainer))
 
     def val_dataloader(self) -> WindowLoader:
         """All validation batches, the same every time."""
@@ -217,12 +206,6 @@ class TextDataModule(LightningDataModule):
             world_size=self.trainer.world_size if self.trainer else 1,
             shuffle=shuffle,
         )
-
-    def _place(self) -> tuple[int, int]:
-        """Epoch and next batch from Lightning's own counters, which its checkpoints carry."""
-        if self.trainer is None:
-            return 0, 0
-        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def record(self, rows_B: Tensor, shares_BL: Tensor) -> None:
         """Notes the complexity vectors of a training batch, for the curriculum of the next epoch."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mole_asr.errors import MoleError
-from mole_asr.moe.layer import MoELayer
 from mole_asr.text.checkpoint import LanguageModel
 from mole_asr.text.figures import BitsMeter, LayerFigures, RoutingMeter, nats
 from mole_asr.text.windows import pack_windows
@@ -53,12 +52,7 @@ def evaluate(
     if not model.config.causal:
         raise MoleError("the model is an encoder; only a decoder (model.network.causal true) gives texts a probability")
     device, codes = model.embedding.weight.device, list(texts)
-    num_experts = {
-        layer: block.feed_forward.experts.num_experts
-        for layer, block in enumerate(model.blocks)
-        if isinstance(block.feed_forward, MoELayer)
-    }
-    bits, routing = BitsMeter(len(codes)), RoutingMeter(num_experts, len(codes))
+    bits, routing = BitsMeter(len(codes)), RoutingMeter(model.num_experts, len(codes))
     windows = pack_windows(texts, codes, language_model.vocabulary, language_model.window, fill=False)
     windows = windows.thinned(windows_per_language, seed)
     longest_first = np.argsort(-windows.lengths_W, kind="stable")

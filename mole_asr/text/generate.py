@@ -16,7 +16,7 @@ def generate(
 
     Args:
         model: folder of a trained language model.
-        prompt: text to go on from; may be empty. Behind `--` it may begin with a dash.
+        prompt: text to go on from, a sentence a line; may be empty. Behind `--` it may begin with a dash.
         tokens: how many to write; a line break ends a sentence, and the next one follows.
         temperature: of the choice; 0 takes the likeliest token.
         top_k: only so many likeliest tokens are drawn from.
@@ -38,7 +38,7 @@ def generate(
     vocabulary = loaded.vocabulary
     if unspelled := vocabulary.unspelled(prompt):
         raise MoleError(f"prompt: the tokenizer of {model} lacks {' '.join(unspelled)}")
-    ids = [vocabulary.separator, *vocabulary.encode(prompt).tolist()]
+    ids = [token for line in prompt.split("\n") for token in (vocabulary.separator, *vocabulary.encode(line).tolist())]
     return vocabulary.decode(write_on(loaded, ids, tokens, temperature, top_k, seed)[1:])
 
 
@@ -74,5 +74,8 @@ def _draw(logits_V: torch.Tensor, temperature: float, top_k: int, generator: tor
     if temperature == 0:
         return int(logits_V.argmax())
     best_K = logits_V.topk(min(top_k, len(logits_V)))
-    chosen = torch.multinomial((best_K.values / temperature).softmax(-1), 1, generator=generator)
+    behind_K = best_K.values - best_K.values[0]  # so that a tiny temperature gives -inf, not inf
+    chosen = torch.multinomial(
+        (behind_K / temperature).nan_to_num(0.0, neginf=-torch.inf).softmax(-1), 1, generator=generator
+    )
     return int(best_K.indices[chosen])

@@ -311,6 +311,12 @@ class TextModel(nn.Module):
             return DenseFeedForward(D, F, activation)
         return make_layer(self.policies[layer], D, F, activation, self.languages)
 
+    @property
+    def num_experts(self) -> dict[int, int]:
+        """Of each layer that has experts, by its place."""
+        parts = {layer: self.blocks[layer].feed_forward for layer in self.policies}
+        return {layer: part.experts.num_experts for layer, part in parts.items() if isinstance(part, MoELayer)}
+
     def _share_routers(self) -> None:
         """Gives layers of one config the router of the first of them, where the config says so."""
         first: dict[int, Router | None] = {}

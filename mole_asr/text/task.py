@@ -14,7 +14,6 @@ from mole_asr.asr.muon import OptimizerConfig, build_optimizer
 from mole_asr.asr.resumable_task import ResumableTask
 from mole_asr.errors import MoleError
 from mole_asr.moe.experts import Activation
-from mole_asr.moe.layer import MoELayer
 from mole_asr.text.checkpoint import LanguageModel, load_text_model
 from mole_asr.text.cost import token_cost
 from mole_asr.text.curriculum import two_expert_shares
@@ -128,15 +127,8 @@ class TextTask(ResumableTask):
         return LanguageModel(self.model, self.vocabulary, self.window, self.major_languages)
 
     def _reset_meters(self) -> None:
-        num_experts = {
-            layer: block.feed_forward.experts.num_experts
-            for layer, block in enumerate(self.model.blocks)
-            if isinstance(block.feed_forward, MoELayer)
-        }
-        self.bits, self.routing = (
-            BitsMeter(len(self.model.languages)),
-            RoutingMeter(num_experts, len(self.model.languages)),
-        )
+        languages = len(self.model.languages)
+        self.bits, self.routing = BitsMeter(languages), RoutingMeter(self.model.num_experts, languages)
 
     def on_fit_start(self) -> None:
         """Refuses a curriculum that has nothing to go by."""
@@ -203,12 +195,15 @@ class TextTask(ResumableTask):
 
     def on_validation_epoch_end(self) -> None:
         """Logs bits a byte of each language, their means, the figures of each router, and what a token costs."""
-        bits_L = self.bits.bits_per_byte(self._sum_ranks(self.bits.sums_L2)).tolist()
+        sums_L2 = self._sum_ranks(self.bits.sums_L2)
+        bits_L = self.bits.bits_per_byte(sums_L2).tolist()
         figures = self.routing.figures({layer: self._sum_ranks(sums) for layer, sums in self.routing.sums.items()})
         self._reset_meters()
         if self.trainer.sanity_checking:
             return
-        bits = {code: value for code, value in zip(self.model.languages, bits_L, strict=True) if value == value}
+        has_texts_L = (sums_L2[:, 1] > 0).tolist()
+        rows = zip(self.model.languages, bits_L, has_texts_L, strict=True)
+        bits = {code: value for code, value, has_texts in rows if has_texts}
         self.log_dict({f"valid/bits_per_byte_{code}": value for code, value in bits.items()})
         means = major_and_minor(bits, self.major_languages)
         self.log("valid/bits_per_byte", means.pop("all"), prog_bar=True)

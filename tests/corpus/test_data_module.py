@@ -172,9 +172,17 @@ def test_nothing_left_is_one_line_with_the_reasons(tokenizer: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"temperature": 0.5}, "temperature: 0.5"), ({"batch_seconds": 0.0}, "batch_seconds: 0 must be positive")],
+    [
+        ({"temperature": 0.5}, "data.temperature: 0.5"),
+        ({"temperature": float("nan")}, "data.temperature: nan"),
+        ({"batch_seconds": 0.0}, "data.batch_seconds: 0 must be positive"),
+        ({"valid_batch_seconds": -1.0}, "data.valid_batch_seconds: -1 must be positive"),
+        ({"max_batch_labels": 0}, "data.max_batch_labels: 0 must be positive"),
+        ({"seed": -1}, "data.seed -1: must be"),
+        ({"languages": ["de", "de"]}, "data.languages: de stands twice"),
+    ],
 )
-def test_bad_settings_are_named(corpus: Path, tokenizer: str, settings: dict[str, float], message: str) -> None:
+def test_bad_settings_are_named(corpus: Path, tokenizer: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(MoleError, match=message):
         module(corpus, tokenizer, **settings)
 

@@ -63,6 +63,16 @@ def test_pickled_and_forked_copies_read_the_same_rows(tmp_path: Path) -> None:
         assert pool.map(manifest.__getitem__, range(50)) == [manifest[i] for i in range(50)]
 
 
+def test_what_replaces_a_manifest_does_not_change_its_rows(tmp_path: Path) -> None:
+    write_manifest([utterance(0), utterance(1)], tmp_path / "cuts.jsonl")
+    manifest = Manifest(tmp_path / "cuts.jsonl")
+    sent = pickle.dumps(manifest)
+    write_manifest([utterance(1), utterance(0)], tmp_path / "cuts.jsonl")
+    assert [row.id for row in manifest] == ["u0", "u1"]
+    with pytest.raises(MoleError, match=r"cuts\.jsonl: the manifest has changed"):
+        pickle.loads(sent)
+
+
 def test_blank_lines_do_not_shift_rows(tmp_path: Path) -> None:
     write_manifest([utterance(0), utterance(1)], tmp_path / "cuts.jsonl")
     lines = (tmp_path / "cuts.jsonl").read_text().splitlines()
@@ -146,6 +156,16 @@ def _cut(**changes: Any) -> dict[str, Any]:
         (json.dumps({"id": "x"}), "lacks 'recording'"),
         (json.dumps(_cut(type="MixedCut")), "MixedCut"),
         (json.dumps(_cut(duration=0)), "its duration is 0.0 s"),
+        (json.dumps(_cut(start=float("nan"))), "its start is nan s"),
+        (json.dumps(_cut(supervisions=[{"text": "a", "language": ["en"]}])), r"its language is \['en'\]"),
+        (
+            json.dumps(_cut(recording={"sources": [{"type": "file", "source": "x"}], "sampling_rate": 0})),
+            "its sampling rate is 0",
+        ),
+        (
+            json.dumps(_cut(recording={"sources": [{"type": "file", "source": "x"}], "sampling_rate": float("inf")})),
+            "row 1 is no lhotse cut",
+        ),
         (json.dumps(_cut(recording={"sources": [{"type": "url", "source": "x"}]})), "one file"),
         (
             json.dumps(

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mole_asr.corpus.normalize import normalize
 
-LANGUAGES = st.sampled_from(["en", "es", "fr", "it", "ru", "hi", "ca", "tr", "he", "th", "am", "qqq"])
+LANGUAGES = st.sampled_from(["en", "es", "fr", "it", "ru", "hi", "ca", "tr", "he", "th", "am", "hu", "qqq"])
 
 
 @given(st.text(max_size=40), LANGUAGES, st.booleans())
@@ -94,6 +94,7 @@ def test_digits_are_spelled(language: str, expected: str) -> None:
         ("٣", "en", "three"),
         ("1" * 12, "en", " ".join(["one"] * 12)),
         ("7", "pt-BR", "sete"),
+        ("0,1234", "hu", "nulla egy kettő három négy"),  # num2words fails
     ],
 )
 def test_numbers(text: str, language: str, expected: str) -> None:

@@ -142,6 +142,10 @@ def test_extension_limits_are_named(latin: Path, greek: Path, tmp_path: Path) ->
     new_characters = len(set("".join(GREEK)) - {" "})
     with pytest.raises(MoleError, match=f"too small: .* has {new_characters} new characters"):
         extend_tokenizer(tmp_path, greek, tmp_path / "new", extra_pieces=5)
+    with pytest.raises(MoleError, match="extra_pieces=-1: must not be negative"):
+        extend_tokenizer(tmp_path, greek, tmp_path / "new", extra_pieces=-1)
+    with pytest.raises(MoleError, match="--seed -1: must be"):
+        train_tokenizer(latin, tmp_path, 40, byte_fallback=False, seed=-1)
 
 
 def test_fewer_new_pieces_than_asked_for_are_no_error(latin: Path, greek: Path, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,5 +111,12 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         degraded.prepare(source, tmp_path / "a.jsonl", "noise")
     with pytest.raises(MoleError, match="would replace"):
         degraded.prepare(source, source, "telephone")
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(MoleError, match="would replace"):
+        degraded.prepare(source, tmp_path / "sub" / ".." / source.name, "telephone")
+    first = Manifest(source)[0]
+    write_manifest([first, replace(first, id="u_0")], tmp_path / "two.jsonl")
+    with pytest.raises(MoleError, match="the ids 'u/0' and 'u_0' name one file"):
+        degraded.prepare(tmp_path / "two.jsonl", tmp_path / "a.jsonl", "telephone")
     with pytest.raises(MoleError, match=r"none\.jsonl"):
         degraded.prepare(tmp_path / "none.jsonl", tmp_path / "a.jsonl", "telephone")

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from mole_asr.corpus.manifest import Manifest, Utterance
-from mole_asr.data_prep import debian, prompts
+from mole_asr.data_prep import clips, debian, prompts
 from mole_asr.data_prep.output import SPLITS, manifest_path
 from mole_asr.errors import MoleError
 
@@ -107,6 +107,10 @@ def test_second_run_mends_only_what_is_missing(
     assert decoded == [lost.num_samples // 2]  # G.722 has two samples a byte
     assert lost.audio_path.exists()
     assert "CC BY-SA 3.0" in capsys.readouterr().out
+    monkeypatch.setattr(clips, "__file__", __file__)  # other code stores them now
+    decoded.clear()
+    prompts.prepare(tmp_path, languages=["en"], source=prompt_packages)
+    assert len(decoded) == 551
 
 
 @pytest.mark.corpus
@@ -128,6 +132,9 @@ def test_missing_package_is_named(tmp_path: Path) -> None:
 def test_unknown_language_is_named(tmp_path: Path) -> None:
     with pytest.raises(MoleError, match="'de'"):
         prompts.prepare(tmp_path, languages=["en", "de"])
+    for languages in ([], ["en", "en"]):
+        with pytest.raises(MoleError, match="languages: give some of en, es, fr, it, ru, each once"):
+            prompts.prepare(tmp_path, languages=languages)
 
 
 def test_split_rule() -> None:

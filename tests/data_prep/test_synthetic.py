@@ -114,6 +114,8 @@ def test_mistakes_are_named(fake_espeak: list[str], tmp_path: Path, monkeypatch:
     source, output = manifest(tmp_path), tmp_path / "out"
     with pytest.raises(MoleError, match="copies: 0; give 1"):
         prepare(source, output, copies=0)
+    with pytest.raises(MoleError, match="would replace the manifest that is read"):
+        prepare(source, tmp_path, engines=["espeak-ng"])
     for engines in (["festival"], []):
         with pytest.raises(MoleError, match=r"^engines: .*; choose from espeak-ng, pico"):
             prepare(source, output, engines=engines)

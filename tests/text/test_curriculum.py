@@ -70,5 +70,8 @@ def test_an_epoch_follows_what_the_one_before_left() -> None:
     again.load_state_dict(complexities.state_dict())
     assert again.order(1, rows).tolist() == [1, 2, 0, 3]
     assert again.order(2, rows).tolist() == [1, 3, 2, 0]
+    fewer = Complexities(3)
+    fewer.load_state_dict(complexities.state_dict())
+    assert fewer.order(2, np.array([2, 0])).tolist() == [2, 0], "of other windows nothing is known"
     complexities.record(2, torch.tensor([0]), torch.tensor([[0.0]]))
     assert set(complexities.state_dict()) == {"1", "2"}, "older ones are done with"

@@ -53,6 +53,11 @@ def test_writing_with_a_cache_is_writing_without(folder: Path, prompt: str) -> N
     assert decoded.startswith(prompt)
 
 
+def test_a_line_of_the_prompt_is_a_sentence(folder: Path) -> None:
+    expected = write_on(load_text_model(folder), [256, *b"a", 256, *b"b"], tokens=9, temperature=0, top_k=1, seed=0)
+    assert generate(str(folder), "a\nb", tokens=9, temperature=0) == load_vocabulary("bytes").decode(expected[1:])
+
+
 def test_seed_and_choice(folder: Path) -> None:
     language_model = load_text_model(folder)
 
@@ -61,7 +66,7 @@ def test_seed_and_choice(folder: Path) -> None:
         return write_on(language_model, [256], **arguments)  # type: ignore[arg-type]
 
     assert drawn() == drawn() != drawn(seed=1)
-    assert drawn(top_k=1) == drawn(temperature=0) == drawn(temperature=1e-5)
+    assert drawn(top_k=1) == drawn(temperature=0) == drawn(temperature=1e-5) == drawn(temperature=1e-39)
     with pytest.raises(MoleError, match="top_k 0"):
         generate(str(folder), "a", top_k=0)
 

@@ -105,10 +105,10 @@ def test_an_epoch_holds_every_window_once_in_an_order_of_its_own(
     assert sorted(row for batch in first for row in batch) == list(range(len(data.windows["train"])))
     assert len(first) == len(data.train_dataloader())
     assert first == rows(module(texts_file)) != rows(module(texts_file, seed=1))
-    monkeypatch.setattr(data, "_place", lambda: (1, 0))
+    monkeypatch.setattr("mole_asr.text.data.place_of", lambda trainer: (1, 0))
     second = rows(data)
     assert second != first
-    monkeypatch.setattr(data, "_place", lambda: (1, 3))
+    monkeypatch.setattr("mole_asr.text.data.place_of", lambda trainer: (1, 3))
     assert rows(data) == second[3:]
     languages = data.windows["train"].languages_W
     assert all((np.diff(languages[batch]) >= 0).all() for batch in first)
@@ -131,6 +131,8 @@ def test_languages_and_windows_can_be_limited(texts_file: Path) -> None:
     assert np.bincount(data.windows["train"].languages_W).tolist() == [3, 3]
     assert np.bincount(data.windows["valid"].languages_W).tolist() == [2, 2]
     assert data.major_languages == ["ru", "de"]
+    other = module(texts_file, languages=["ru", "de"], valid_windows_per_language=2, seed=1)
+    assert np.array_equal(other.windows["valid"].starts_W, data.windows["valid"].starts_W), "comparable"
     assert module(texts_file, major_languages=["de"]).major_languages == ["de"]
 
 
@@ -140,7 +142,11 @@ def test_languages_and_windows_can_be_limited(texts_file: Path) -> None:
         ({"languages": ["de", "fi"]}, "no text in fi"),
         ({"temperature": 0.5}, "temperature: 0.5"),
         ({"window": 0}, "window: 0"),
-        ({"windows_per_language": 0}, "windows_per_language: 0"),
+        ({"windows_per_language": 0}, r"data\.windows_per_language: 0"),
+        ({"valid_windows_per_language": 0}, r"data\.valid_windows_per_language: 0"),
+        ({"valid_batch_windows": 0}, r"data\.valid_batch_windows: 0"),
+        ({"seed": -1}, r"data\.seed -1: must be"),
+        ({"languages": ["de", "de"]}, r"data\.languages: de stands twice"),
     ],
 )
 def test_a_wrong_value_is_named(texts_file: Path, changes: dict[str, object], part: str) -> None:
