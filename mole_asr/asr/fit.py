@@ -73,7 +73,16 @@ class ExportModel(Callback):
         self.average = average
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports from rank 0."""
+        """Exports from rank 0.
+
+        Raises:
+            MoleError: the training has diverged.
+        """
+        if not all(parameter.isfinite().all() for parameter in pl_module.parameters()):
+            raise MoleError(
+                "the training has diverged, its weights are no numbers: lower the learning rates (model.optimizer, "
+                "model.fine_tuning), or give trainer.gradient_clip_val, and another --output"
+            )
         if self.average is not None:
             # Once more: Lightning does not do it when a complete run is started again.
             self.average.on_train_end(trainer, pl_module)

@@ -30,6 +30,12 @@ def test_no_utterance_is_left(command: Callable[..., list[str]], tones: Path, tm
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_a_training_that_diverges_writes_no_model(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    changes = {"model__optimizer__adamw_lr": 1e30, "model__optimizer__lr": 1e30}
+    assert "the training has diverged" in refused(command(trainer__max_epochs=1, **changes))
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_utterances_that_whisper_cannot_hold_are_refused_before_the_run(on_whisper: Callable[..., list[str]]) -> None:
     message = refused(on_whisper(data__max_seconds=28))
     assert message.startswith("data.max_seconds: 28, but the model hears 30 s") and message.endswith("at most 27")

@@ -92,6 +92,12 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_text_model(output / "model").model.state_dict()
 
 
+def test_a_training_that_diverges_writes_no_model(command: Command, tmp_path: Path) -> None:
+    with pytest.raises(MoleError, match="the training has diverged"):
+        fit(command(trainer__max_epochs=1, model__optimizer__adamw_lr=1e30, model__optimizer__lr=1e30))
+    assert not (tmp_path / "run" / "model").exists()
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_each_policy_trains_saves_and_loads(
     command: Command, texts_file: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
