@@ -40,6 +40,19 @@ class ResultFile:
         """Rows that have these values."""
         return [row for row in self.rows if all(row[name] == value for name, value in wanted.items())]
 
+    def lacks(self, steps: int, **wanted: Any) -> bool:
+        """Whether no row of a training has these values, the system's name among them.
+
+        Raises:
+            MoleError: there is one, and it comes from another number of steps.
+        """
+        old = self.select(**wanted)
+        if old and old[0]["steps"] != steps:
+            raise MoleError(
+                f"{self.path}: {wanted['system']} was trained for {old[0]['steps']} steps, not {steps}: give --steps"
+            )
+        return not old
+
     def add(self, rows: Sequence[Row]) -> None:
         """Writes these rows in place of those of the same keys; what other commands wrote meanwhile stays."""
         new = {self._key_of(row) for row in rows}

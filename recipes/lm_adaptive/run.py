@@ -145,7 +145,7 @@ def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
         (SYSTEMS[name], seed, options, results)
         for seed in options.seeds
         for name in options.systems
-        if lacks(SYSTEMS[name], seed, options, results)
+        if results.lacks(steps_of(SYSTEMS[name], options), system=name, seed=seed, kind="quality")
     ]
     if calls:
         need_texts(options.data, options.source)
@@ -163,20 +163,6 @@ def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
     ]
     if options.speed or set(names) - timed:
         measure_speed(names, options, results)
-
-
-def lacks(system: System, seed: int, options: argparse.Namespace, results: ResultFile) -> bool:
-    """Whether a row is missing.
-
-    Raises:
-        MoleError: it is there, and comes from other steps.
-    """
-    old = results.select(system=system.name, seed=seed, kind="quality")
-    if old and old[0]["steps"] != (steps := steps_of(system, options)):
-        raise MoleError(
-            f"{results.path}: {system.name} was trained for {old[0]['steps']} steps, not {steps}: give --steps"
-        )
-    return not old
 
 
 def main(words: list[str] | None = None) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 
 from plan import CONDITIONS, HERE, START, SYSTEMS, Condition, System, read
 
-from mole_asr.errors import MoleError
 from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
 from mole_asr.score.runs import (
@@ -112,26 +111,12 @@ def measure_all(options: argparse.Namespace, results: ResultFile) -> None:
         for seed in options.seeds
         for condition in options.conditions
         for system in (None, *(SYSTEMS[name] for name in options.systems))
-        if lacks(results, condition, system, seed, options)
+        if results.lacks(steps_of(system, options), condition=condition, system=name_of(system), seed=seed)
     ]
     if calls:
         need_texts(options.data, options.source)
     do_all(measure, [call for call in calls if call[1] is None], options.jobs)
     do_all(measure, [call for call in calls if call[1] is not None], options.jobs)  # they go on from those
-
-
-def lacks(results: ResultFile, condition: str, system: System | None, seed: int, options: argparse.Namespace) -> bool:
-    """Whether a row is missing.
-
-    Raises:
-        MoleError: it is there, and comes from other steps.
-    """
-    old = results.select(condition=condition, system=name_of(system), seed=seed)
-    if old and old[0]["steps"] != (steps := steps_of(system, options)):
-        raise MoleError(
-            f"{results.path}: {name_of(system)} was trained for {old[0]['steps']} steps, not {steps}: give --steps"
-        )
-    return not old
 
 
 def main(words: list[str] | None = None) -> int:
