@@ -81,7 +81,7 @@ def fault(sentence: str, language: str) -> str | None:
     scripts: Counter[str] = Counter()
     for character, count in Counter(sentence).items():
         scripts[script_of(character)] += count
-    letters = sum(scripts.values()) - scripts.pop("", 0)
+    letters = sum(character.isalpha() for character in sentence)
     if letters < MIN_LETTERS:
         return "too short"
     if own is not None and sum(scripts[script] for script in own) <= letters / 2:
