@@ -71,7 +71,7 @@ def test_the_whole_command(
     words = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--conditions", "prompts5-low", "--epochs", "1"]
     systems = ["--systems", "dense", "mole", "mole-true"]
     main = recipe["run"].main
-    assert main([*words, *systems]) == 0
+    assert main([*words, *systems, "--jobs", "2"]) == 0
     table = capsys.readouterr().out.partition("### ")[2]
     rows = rows_of(folder)
     assert {(row["system"], row["test_set"]) for row in rows} == {

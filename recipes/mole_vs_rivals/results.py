@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mole_asr.errors import MoleError
-from mole_asr.files import write_text
+from mole_asr.files import locked, write_text
 from mole_asr.score.results import ResultFile, Row, json_line, read_json
 
 KEY = ("system", "condition", "seed", "test_set")
@@ -46,19 +46,20 @@ class Results(ResultFile):
         Raises:
             MoleError: the test set is not the one that earlier runs were tested on.
         """
-        self.read()
-        if self.test_sets.setdefault(test_set, utterances) != utterances:
-            raise MoleError(
-                f"{self.details_path}: {test_set} is not what earlier runs were tested on: "
-                "prepare the same corpus, or remove results.json and details.json to measure all anew"
-            )
-        self.details[detail_key(*(rows[0][name] for name in KEY))] = details
-        parts = [
-            ",\n".join(f'  "{name}": {json_line(value)}' for name, value in sorted(entries.items()))
-            for entries in (self.test_sets, self.details)
-        ]
-        write_text(self.details_path, f'{{\n"test_sets": {{\n{parts[0]}\n}},\n"runs": {{\n{parts[1]}\n}}\n}}\n')
-        self.add(rows)  # last: a run counts as done when it stands there
+        with locked(self.details_path):
+            self.read()
+            if self.test_sets.setdefault(test_set, utterances) != utterances:
+                raise MoleError(
+                    f"{self.details_path}: {test_set} is not what earlier runs were tested on: "
+                    "prepare the same corpus, or remove results.json and details.json to measure all anew"
+                )
+            self.details[detail_key(*(rows[0][name] for name in KEY))] = details
+            parts = [
+                ",\n".join(f'  "{name}": {json_line(value)}' for name, value in sorted(entries.items()))
+                for entries in (self.test_sets, self.details)
+            ]
+            write_text(self.details_path, f'{{\n"test_sets": {{\n{parts[0]}\n}},\n"runs": {{\n{parts[1]}\n}}\n}}\n')
+            self.add(rows)  # last: a run counts as done when it stands there
 
 
 def detail_key(system: str, condition: str, seed: int, test_set: str) -> str:

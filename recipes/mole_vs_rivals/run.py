@@ -9,13 +9,13 @@ import json
 import sys
 from dataclasses import dataclass
 from datetime import date
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import yaml
 from measure import Heard, figures, gather, transcribe
-from plan import BASE, CONDITIONS, HERE, SYSTEMS, Condition, System
+from plan import BASE, CONDITIONS, HERE, SYSTEMS, Condition, System, TestSet
 from results import Results
 from training import gradient_norms
 
@@ -23,8 +23,9 @@ from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.subset import hours_of, thin
 from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.errors import MoleError
+from mole_asr.score.jobs import do_all
 from mole_asr.score.results import Row
-from mole_asr.score.runs import code_version, train
+from mole_asr.score.runs import add_jobs, code_version, train
 
 ROOT = HERE.parents[1]
 DEGRADED = {"noisy": "noise", "telephone": "telephone"}  # copies of the test set
@@ -119,17 +120,29 @@ def _make_train_manifest(setting: Setting, corpus: Path) -> None:
     write_manifest(chain.from_iterable(tables), setting.train_manifest)
 
 
-def run(setting: Setting, results: Results, source: str | None) -> None:
-    """Measures what results.json lacks of one setting; trains for it if the model is not there."""
-    system, condition = setting.system, setting.condition
+def lacking(setting: Setting, results: Results) -> list[TestSet]:
+    """The test sets that results.json lacks of one setting."""
     _check_epochs(setting, results)
-    key = {"system": system.name, "condition": condition.name, "seed": setting.seed}
-    lacking = [test for test in condition.tests if not results.select(**key, test_set=test.name)]
-    if not lacking:
-        return
-    prepare(setting, source)
-    manifests = {test.name: setting.runs / "tests" / f"{condition.corpus}-{test.name}.jsonl" for test in lacking}
-    ready = [test for test in lacking if gather(test, setting.data, manifests[test.name])]
+    key = {"system": setting.system.name, "condition": setting.condition.name, "seed": setting.seed}
+    return [test for test in setting.condition.tests if not results.select(**key, test_set=test.name)]
+
+
+def run_all(settings: list[Setting], results: Results, source: str | None, jobs: int) -> None:
+    """Measures what results.json lacks."""
+    settings = [setting for setting in settings if lacking(setting, results)]
+    for setting in settings:
+        prepare(setting, source)
+    do_all(run, [(setting, results) for setting in settings if setting.system.weights_of is None], jobs)
+    do_all(run, [(setting, results) for setting in settings if setting.system.weights_of is not None], jobs)
+
+
+def run(setting: Setting, results: Results) -> None:
+    """Measures one setting; trains for it if the model is not there."""
+    system, condition = setting.system, setting.condition
+    manifests = {
+        test.name: setting.runs / "tests" / f"{condition.corpus}-{test.name}.jsonl" for test in condition.tests
+    }
+    ready = [test for test in lacking(setting, results) if gather(test, setting.data, manifests[test.name])]
     if not ready:
         return
     print(f"\n== {condition.name}, {system.name}, seed {setting.seed}: {', '.join(t.name for t in ready)}", flush=True)
@@ -189,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM")
     parser.add_argument("--conditions", nargs="+", default=["prompts5-full"], choices=list(CONDITIONS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    add_jobs(parser)
     parser.add_argument("--epochs", type=int, help="of each training; default: as the configs say")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of the corpora (%(default)s)")
     parser.add_argument("--source", help="folder with the Debian packages, where apt cannot fetch them")
@@ -210,10 +224,10 @@ def main(words: list[str] | None = None) -> int:
         results = Results(options.results)
         if not (options.table or options.pictures):
             places = (options.data.absolute(), options.runs.absolute(), options.epochs)
-            for condition in options.conditions:
-                for seed in options.seeds:
-                    for system in options.systems:
-                        run(Setting(SYSTEMS[system], CONDITIONS[condition], seed, *places), results, options.source)
+            chosen = product(options.conditions, options.seeds, options.systems)
+            settings = [Setting(SYSTEMS[system], CONDITIONS[name], seed, *places) for name, seed, system in chosen]
+            run_all(settings, results, options.source, options.jobs)
+            results.read()
         if options.pictures:
             from pictures import draw
 
