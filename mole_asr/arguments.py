@@ -1,5 +1,6 @@
 """One line for what is wrong with a command line."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -47,6 +48,24 @@ def check_seed(seed: int, key: str = "--seed") -> None:
     """
     if not 0 <= seed < _SEEDS:
         raise MoleError(f"{key} {seed}: must be from 0 to {_SEEDS - 1}")
+
+
+def check_range(section: str, least: float, most: float, **values: float) -> None:
+    """Refuses numbers out of range, infinite ones, and what is no number.
+
+    Args:
+        section: where the user writes these keys.
+        least: that is allowed.
+        most: that is allowed.
+        **values: by key.
+
+    Raises:
+        MoleError: one is wrong; the message names it.
+    """
+    for key, value in values.items():
+        if not (least <= value <= most and math.isfinite(value)):
+            limits = "must be finite and not negative" if most == math.inf else f"must be from {least:g} to {most:g}"
+            raise MoleError(f"{section}.{key}: {value:g} {limits}")
 
 
 def check_once(languages: Sequence[str]) -> None:

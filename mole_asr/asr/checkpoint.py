@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mole_asr.asr.generations import Generation, keep_languages, set_generations
 from mole_asr.asr.model import EncoderConfig, MoleModel
+from mole_asr.asr.model_files import read_json
 from mole_asr.asr.pretrained import ENCODERS, EncoderSizes, PretrainedConfig, PretrainedModel
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 from mole_asr.corpus.text_tokenizer import TextTokenizer
@@ -57,7 +58,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
         MoleError: a file is missing or does not fit the others.
     """
     folder = Path(folder)
-    config, languages = _read_json(folder / "config.json"), _read_json(folder / "languages.json")
+    names = ("config.json", "languages.json")
+    config, languages = (read_json(folder / name, "give the model folder that `mole-asr fit` wrote") for name in names)
     if "network" in config:
         raise MoleError(f"{folder}: holds a language model, not a recogniser; give the folder of one")
     tokenizer = TextTokenizer(folder)
@@ -108,15 +110,6 @@ def _moved(name: str) -> str:
     return f"mixture.{name}" if name.startswith("language_tokenizer.") else name
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise MoleError(f"{path}: no such file; give the model folder that `mole-asr fit` wrote") from None
-    except ValueError as error:
-        raise MoleError(f"{path}: not JSON ({error}); copy the folder anew") from None
-
-
 _Config = TypeVar("_Config", bound=EncoderConfig | PretrainedConfig | EncoderSizes)
 
 
@@ -126,4 +119,7 @@ def _dataclass(kind: type[_Config], values: dict[str, Any], folder: Path) -> _Co
         raise MoleError(f"{folder / 'config.json'}: unknown key {min(unknown)} of {kind.__name__}; update mole_asr")
     # JSON has no tuples.
     arguments: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except MoleError as error:
+        raise MoleError(f"{folder / 'config.json'}: {error}") from None

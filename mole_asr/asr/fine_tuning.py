@@ -1,5 +1,6 @@
 """How a model with pretrained parts is trained: slowly where it was trained before, and not all of it at once."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from mole_asr.arguments import check_range
 from mole_asr.errors import MoleError
 
 # The signs of all tokens stay where the pretraining put them: a small corpus uses few of them.
@@ -48,6 +50,8 @@ class FineTuning:
     def __post_init__(self) -> None:
         if self.frozen_blocks < 0:
             raise MoleError(f"model.fine_tuning.frozen_blocks: {self.frozen_blocks} must not be negative")
+        check_range("model.fine_tuning", 0, math.inf, lr=self.lr, new_lr=self.new_lr, weight_decay=self.weight_decay)
+        check_range("model.fine_tuning", 0, 1, layer_decay=self.layer_decay, warmup_share=self.warmup_share)
         if not 0 <= self.pretrained_share < 1:
             raise MoleError(f"model.fine_tuning.pretrained_share: {self.pretrained_share:g} must be from 0 to below 1")
         if not 0 <= self.new_parts_share < 1:

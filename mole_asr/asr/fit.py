@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, We
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from mole_asr.arguments import explain
 from mole_asr.asr.checkpoint import save_model
@@ -46,14 +47,18 @@ class AverageWeights(WeightAveraging):
     Lightning's own adds two products, whose rounding changes what stood still; so a frozen weight would not keep its
     bits.
 
+    The first averages are of few steps, so that a short run does not end with the weights that it began with.
+
     Args:
         decay: weight of the old average.
     """
 
     def __init__(self, decay: float) -> None:
-        super().__init__(
-            avg_fn=lambda average, now, _: average.lerp(now, 1 - decay) if now.is_floating_point() else now
-        )
+        def mixed(average: Tensor, now: Tensor, updates: Tensor | int) -> Tensor:
+            share = max(1 - decay, 9 / (10 + int(updates)))
+            return average.lerp(now, share) if now.is_floating_point() else now
+
+        super().__init__(avg_fn=mixed)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether this is a step to update at."""
@@ -106,7 +111,7 @@ class ExportRecogniser(ExportModel):
         """Gives a new language its threshold."""
         assert isinstance(task, MoleTask)
         if task.freeze_old:
-            temper(task.model, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+            temper(task.model, trainer.datamodule.whole_validation())  # type: ignore[attr-defined]
 
     def save(self, trainer: Trainer, task: LightningModule) -> None:
         """Writes the folder."""
@@ -179,6 +184,8 @@ class MoleCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         output = Path(config["output"])
         average = None
+        if not 0 <= config["average_decay"] < 1:
+            raise MoleError(f"average_decay: {config['average_decay']:g} must be from 0 to below 1")
         if config["average_decay"] > 0:
             average = AverageWeights(config["average_decay"])
         callbacks: list[Callback] = [

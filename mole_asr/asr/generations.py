@@ -102,8 +102,10 @@ def merge_generations(model: nn.Module) -> None:
 @torch.no_grad()
 def put_to_sleep(model: nn.Module) -> None:
     """Gives the last generation's languages and pieces no probability at all, whatever is heard."""
+    embedding = mixture_of(model).language_embedding
     for rows in (*_language_rows(model), *_piece_rows(model)):
-        rows.new.fill_(ASLEEP if rows.parameter.ndim == 1 else 0.0)
+        if embedding is None or rows.parameter is not embedding.weight:  # which is looked up only for who is awake
+            rows.new.fill_(ASLEEP if rows.parameter.ndim == 1 else 0.0)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ calls an `ExpertMixture` once, behind an early layer, and hands the `Decision` i
 Letters: B batch, T frames, D model width, N languages, F expert width, U units (utterances or valid frames).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self, get_args
@@ -93,11 +94,11 @@ class MixtureConfig:
             ),
             (families not in ("language", *KIN), f"expert_of: {self.expert_of!r} is unknown"),
             (
-                not 1 <= self.top_k <= self.num_experts,
+                self.mixture != "forced" and not 1 <= self.top_k <= self.num_experts,  # whose experts are the languages
                 f"top_k: {self.top_k} must be 1..{self.num_experts}, the num_experts",
             ),
             (self.routing_unit not in ("utterance", "frame"), f"routing_unit: {self.routing_unit!r} is unknown"),
-            (self.temperature <= 0, f"temperature: {self.temperature:g} must be positive"),
+            (not 0 < self.temperature < math.inf, f"temperature: {self.temperature:g} must be positive"),
         ]
         self.refuse(problems)
 

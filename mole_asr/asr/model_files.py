@@ -39,7 +39,7 @@ def find_model(path_or_hub_id: str | Path, needed: Sequence[str], weights: Seque
         raise MoleError(f"{name}: no such model; give its folder or file, or owner/name on the Hugging Face hub")
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise MoleError(
             f"{name}: no such folder, and the hub needs huggingface_hub; pip install 'mole-asr[whisper]'"
@@ -50,6 +50,8 @@ def find_model(path_or_hub_id: str | Path, needed: Sequence[str], weights: Seque
         for file in weights:
             try:
                 path = Path(hf_hub_download(name, file))
+            except LocalEntryNotFoundError:  # the hub cannot be asked
+                raise
             except EntryNotFoundError:  # it may be there under another name
                 continue
             for shard in _shards(path) if file.endswith(_INDEX) else ():
@@ -60,8 +62,12 @@ def find_model(path_or_hub_id: str | Path, needed: Sequence[str], weights: Seque
     raise MoleError(f"{name}: the hub has no weights for it; one of {', '.join(weights)} must be there")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, todo: str = "give the folder of a whole model") -> Any:
     """What a JSON file holds.
+
+    Args:
+        path: of the file.
+        todo: where it is missing.
 
     Raises:
         MoleError: it cannot be read.
@@ -69,7 +75,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise MoleError(f"{path}: cannot be read ({error.strerror}); give the folder of a whole model") from None
+        raise MoleError(f"{path}: cannot be read ({error.strerror}); {todo}") from None
     except ValueError as error:
         raise MoleError(f"{path}: not JSON ({error}); copy the model anew") from None
 

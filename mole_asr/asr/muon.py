@@ -4,6 +4,7 @@ torch.optim.Muon takes single matrices only: it cannot update a stack of experts
 costs more than the matrices of one shape together.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mole_asr.arguments import check_range
 
 # Three odd quintics (a, b, c): each the best one, after those before it, to bring values of 0.015 to 1 near 1 (Polar
 # Express, Amsel et al., 2025); nine tenths of the singular values met in training lie there. They come as near to 1 as
@@ -35,6 +38,12 @@ class OptimizerConfig:
     adamw_lr: float = 1e-3
     weight_decay: float = 0.01
     warmup_share: float = 0.03
+
+    def __post_init__(self) -> None:
+        """Refuses a rate that is negative or no number."""
+        rates = {name: value for name, value in vars(self).items() if name != "warmup_share"}
+        check_range("model.optimizer", 0, math.inf, **rates)
+        check_range("model.optimizer", 0, 1, warmup_share=self.warmup_share)
 
     def scale(self, step: int, steps: int) -> float:
         """Learning rate of a step over the configured one."""
@@ -131,7 +140,7 @@ class Muon(torch.optim.Optimizer):
             rate = group["lr"] * max(1.0, rows / columns) ** 0.5
             for parameter, update in zip(alike, orthogonal_NXY.split([len(update) for update in updates]), strict=True):
                 decay = group["lr"] * group["weight_decay"]
-                if parameter.ndim == 3:  # an expert that heard nothing keeps its weights
+                if parameter.ndim == 3:  # an expert that never heard anything keeps its weights; others have momentum
                     decay = decay * (update != 0).any(-1).any(-1)[:, None, None]
                 parameter.mul_(1 - decay)
                 parameter.add_(update.view_as(parameter), alpha=-rate)

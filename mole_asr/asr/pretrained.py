@@ -128,7 +128,10 @@ class PretrainedModel(nn.Module):
                     not 0 <= listens <= dense,
                     f"language_tokenizer_block: {listens} must be 0..{dense}, before the experts",
                 ),
-                (config.second_hearing < 0, f"second_hearing: {config.second_hearing:g} must not be negative"),
+                (
+                    not 0 <= config.second_hearing < math.inf,
+                    f"second_hearing: {config.second_hearing:g} must not be negative",
+                ),
             ]
         )
         self.config = config = config.spelled_out(languages)
@@ -212,6 +215,9 @@ class PretrainedModel(nn.Module):
 def from_checkpoint(config: PretrainedConfig, languages: list[str], vocab_size: int) -> PretrainedModel:
     """Builds the model on the checkpoint that the config names: at first it computes what that computes.
 
+    But for routers that take one expert with its raw weight (`top_k: 1` of "switch", "omni" and "group"): these start
+    weaker.
+
     Raises:
         MoleError: the checkpoint cannot be read, or does not fit the config.
     """
@@ -235,6 +241,8 @@ def from_checkpoint(config: PretrainedConfig, languages: list[str], vocab_size: 
             fill_experts(layer.moe.experts, dense)
             old.feed_forward = layer
     model.encoder = encoder
+    if model.mixture.language_embedding is not None:
+        nn.init.zeros_(model.mixture.language_embedding.weight)
     return model
 
 

@@ -25,6 +25,10 @@ class ResumableTask(LightningModule):
         """What differs where token ids mean something else."""
         raise NotImplementedError
 
+    def switches(self) -> dict[str, Any]:
+        """What a model of the same shapes may do otherwise: key -> value."""
+        raise NotImplementedError
+
     def planned_steps(self) -> int:
         """Steps of the whole training.
 
@@ -52,9 +56,10 @@ class ResumableTask(LightningModule):
         """Notes what the ids mean, to refuse a resume that would change it."""
         checkpoint["languages"] = self.model.languages
         checkpoint[self.ids_key] = zlib.crc32(self.ids_fingerprint())
+        checkpoint["switches"] = self.switches()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the run to resume has the same languages, meaning of ids, and sizes.
+        """Checks that the run to resume has the same languages, meaning of ids, sizes and switches.
 
         Raises:
             MoleError: it has not.
@@ -69,4 +74,10 @@ class ResumableTask(LightningModule):
         if old != new:
             raise MoleError(
                 "the run to resume has other model sizes: give another --output, or remove its checkpoints folder"
+            )
+        was, now = checkpoint.get("switches", {}), self.switches()
+        if changed := [key for key in was if was[key] != now.get(key)]:
+            raise MoleError(
+                f"{changed[0]}: the run to resume has {was[changed[0]]}, not {now.get(changed[0])}: give another "
+                "--output, or remove its checkpoints folder"
             )

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from mole_asr.arguments import check_range
 from mole_asr.asr.checkpoint import Recogniser, load_model
 from mole_asr.asr.fine_tuning import FineTuning, blend, choose_trained, fine_tuning_optimizer
 from mole_asr.asr.generations import guard, merge_generations, train_last_generation, wake
@@ -47,6 +48,10 @@ class LossWeights:
     reliability: float = 0.1
     balance: float = 0.01
     attention: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses a weight that is negative or no number."""
+        check_range("model.loss_weights", 0, math.inf, **vars(self))
 
 
 class MoleTask(ResumableTask):
@@ -86,6 +91,8 @@ class MoleTask(ResumableTask):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_range("model", 0, 1, scheduled_share=scheduled_share)
+        _refuse_unused(encoder, optimizer, pretrained, fine_tuning, init_from)
         self.text_tokenizer = TextTokenizer(tokenizer)
         self.loss_weights, self.optimizer_config, self.fine_tuning = loss_weights, optimizer, fine_tuning
         self.scheduled_share, self.seed = scheduled_share, seed
@@ -109,8 +116,6 @@ class MoleTask(ResumableTask):
                 merge_generations(self.model)
             if (ngrams := Path(init_from) / NGRAM_FILE).exists():
                 self.old_ngrams = load_ngrams(ngrams, old_tokenizer.vocab_size)
-        if fine_tuning.pretrained_share and not (pretrained is not None and init_from is None):
-            raise MoleError("model.fine_tuning.pretrained_share: is for a start from model.pretrained; leave it out")
         if freeze_old and init_from is None:
             raise MoleError("model.freeze_old: there is nothing old; give model.init_from, or leave it out")
         self.freeze_old = freeze_old
@@ -125,6 +130,11 @@ class MoleTask(ResumableTask):
     def ids_fingerprint(self) -> bytes:
         """That of the text tokenizer."""
         return self.text_tokenizer.model
+
+    def switches(self) -> dict[str, Any]:
+        """The config of the model, but where it was started from."""
+        section = self.model.config.section
+        return {f"{section}.{key}": value for key, value in asdict(self.model.config).items() if key != "checkpoint"}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The weighted sum of the losses of a batch."""
@@ -244,3 +254,21 @@ def _edit_distance(reference: str, hypothesis: str) -> int:
     from rapidfuzz.distance import Levenshtein  # comes with jiwer
 
     return Levenshtein.distance(reference, hypothesis)
+
+
+def _refuse_unused(
+    encoder: EncoderConfig,
+    optimizer: OptimizerConfig,
+    pretrained: PretrainedConfig | None,
+    fine_tuning: FineTuning,
+    init_from: str | None,
+) -> None:
+    """Refuses sections of the config that nothing would read."""
+    if fine_tuning.pretrained_share and (pretrained is None or init_from is not None):
+        raise MoleError("model.fine_tuning.pretrained_share: is for a start from model.pretrained; leave it out")
+    if pretrained is None and init_from is None and fine_tuning != FineTuning():
+        raise MoleError("model.fine_tuning: is for model.pretrained; learning rates are in model.optimizer")
+    if pretrained is not None and encoder != EncoderConfig():
+        raise MoleError("model.encoder: is not for model.pretrained, which has the same switches; leave it out")
+    if pretrained is not None and optimizer != OptimizerConfig():
+        raise MoleError("model.optimizer: is not for model.pretrained; learning rates are in model.fine_tuning")

@@ -11,18 +11,11 @@ import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mole_asr.asr.attention import attend, merge_heads, split_heads
 from mole_asr.asr.conformer import Frames
 from mole_asr.asr.depthwise import depthwise_convolution
 from mole_asr.asr.wav2vec2 import normalized
-from mole_asr.asr.whisper import (
-    HOP,
-    WhisperFeedForward,
-    WhisperSelfAttention,
-    attend,
-    merge_heads,
-    split_heads,
-    whisper_frames,
-)
+from mole_asr.asr.whisper import HOP, WhisperFeedForward, WhisperSelfAttention, whisper_frames
 from mole_asr.audio.read import SAMPLING_RATE_HZ
 from mole_asr.moe.experts import Activation
 

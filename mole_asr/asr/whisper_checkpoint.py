@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from mole_asr.asr.ctranslate2_file import read_ctranslate2
-from mole_asr.asr.model_files import CONFIG, WEIGHTS, find_model, read_json, read_tensors, read_weights
+from mole_asr.asr.model_files import CONFIG, WEIGHTS, Tensors, find_model, read_json, read_tensors, read_weights
 from mole_asr.asr.whisper import WhisperConfig, WhisperEncoder
 from mole_asr.asr.whisper_decoder import WhisperDecoder
-from mole_asr.asr.whisper_layouts import CTRANSLATE2, HUGGING_FACE, OPENAI, Layout, Tensors, convert
+from mole_asr.asr.whisper_layouts import CTRANSLATE2, HUGGING_FACE, OPENAI, Layout, convert
 from mole_asr.asr.whisper_tokenizer import FILE_NAME, WhisperTokenizer
 from mole_asr.errors import MoleError
 

@@ -11,16 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mole_asr.asr.conformer import MASKED
-from mole_asr.asr.whisper import (
-    WhisperConfig,
-    WhisperFeedForward,
-    WhisperSelfAttention,
-    attend,
-    key_mask_bias,
-    merge_heads,
-    split_heads,
-)
+from mole_asr.asr.attention import MASKED, attend, key_mask_bias, merge_heads, split_heads
+from mole_asr.asr.whisper import WhisperConfig, WhisperFeedForward, WhisperSelfAttention
 from mole_asr.audio.features import valid_mask
 from mole_asr.errors import MoleError
 

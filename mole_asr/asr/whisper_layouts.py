@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Tensors = dict[str, Tensor]
+from mole_asr.asr.model_files import Tensors
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,10 @@ class SpeechDataModule(LightningDataModule):
         """All validation batches, longest first, the same every time."""
         return self._loader("valid", self.valid_batch_seconds, lambda: (0, 0), shuffle=False)
 
+    def whole_validation(self) -> PlanLoader:
+        """All validation batches of all ranks, in each of them."""
+        return self._loader("valid", self.valid_batch_seconds, lambda: (0, 0), shuffle=False, shared=False)
+
     def training_labels(self) -> dict[str, list[np.ndarray]]:
         """Label sequences of the utterances that are trained on, by language."""
         dataset, rows = self._datasets["train"], self.selections["train"].rows
@@ -233,6 +237,7 @@ class SpeechDataModule(LightningDataModule):
         place: Callable[[], tuple[int, int]],
         temperature: float = 1.0,
         shuffle: bool = True,
+        shared: bool = True,
     ) -> PlanLoader:
         dataset, rows = self._datasets[split], self.selections[split].rows
         # Speed perturbation makes utterances longer: the slowest version must fit into the batch.
@@ -245,8 +250,8 @@ class SpeechDataModule(LightningDataModule):
             max_batch_labels=self.max_batch_labels,
             seed=self.seed,
             temperature=temperature,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            world_size=self.trainer.world_size if self.trainer and shared else 1,
             shuffle=shuffle,
         )
-        rank = self.trainer.global_rank if self.trainer else 0
+        rank = self.trainer.global_rank if self.trainer and shared else 0
         return PlanLoader(dataset, plan, rows, rank, self.num_workers, place)

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
+from mole_asr.asr.model_files import read_json
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
 from mole_asr.moe.convert.sliced import describe, rebuild
@@ -64,7 +65,8 @@ def load_text_model(folder: str | Path, device: str | torch.device = "cpu") -> L
         MoleError: a file is missing or does not fit the others.
     """
     folder = Path(folder)
-    config, languages = _read_json(folder / "config.json"), _read_json(folder / "languages.json")
+    names = ("config.json", "languages.json")
+    config, languages = (read_json(folder / name, "give the model folder that `mole-asr fit` wrote") for name in names)
     vocabulary = load_saved_vocabulary(folder)
     try:
         if "network" not in config or config["format"] != FORMAT:
@@ -92,15 +94,6 @@ def load_text_model(folder: str | Path, device: str | torch.device = "cpu") -> L
         raise MoleError(f"{path}: does not fit config.json: {' '.join(str(error).split())}") from None
     model.to(device).eval()
     return loaded
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise MoleError(f"{path}: no such file; give the model folder that `mole-asr fit` wrote") from None
-    except ValueError as error:
-        raise MoleError(f"{path}: not JSON ({error}); copy the folder anew") from None
 
 
 _Config = TypeVar("_Config", NetworkConfig, ExpertsConfig)

@@ -1,5 +1,6 @@
 """The Lightning task of a language model: named losses, optimizer and schedule, validation in bits a byte."""
 
+import math
 import sys
 import zlib
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from mole_asr.arguments import check_range
 from mole_asr.asr.muon import OptimizerConfig, build_optimizer
 from mole_asr.asr.resumable_task import ResumableTask
 from mole_asr.errors import MoleError
@@ -38,6 +40,10 @@ class TextLossWeights:
     token: float = 1.0
     balance: float = 0.01
     router_z: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses a weight that is negative or no number."""
+        check_range("model.loss_weights", 0, math.inf, **vars(self))
 
 
 class TextTask(ResumableTask):
@@ -121,6 +127,11 @@ class TextTask(ResumableTask):
     def ids_fingerprint(self) -> bytes:
         """That of the vocabulary."""
         return self.vocabulary.fingerprint
+
+    def switches(self) -> dict[str, Any]:
+        """The config of the network and of the experts."""
+        network = {f"model.network.{key}": value for key, value in asdict(self.model.config).items()}
+        return network | {"model.experts": [asdict(each) for each in self.model.experts]}
 
     def language_model(self) -> LanguageModel:
         """The model and what belongs to it, to save."""

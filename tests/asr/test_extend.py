@@ -127,7 +127,8 @@ def test_training_the_new_touches_no_old_bit(
     start = {name: tensor.clone() for name, tensor in new.state_dict().items()}
     trained = train_last_generation(new)
     adamw = torch.optim.AdamW(new.parameters(), lr=0.01, weight_decay=0.1)
-    for optimizer in (build_optimizer(new, lr=0.02, adamw_lr=0.01, weight_decay=0.1), adamw):
+    muon = build_optimizer(new, lr=0.02, adamw_lr=0.01, weight_decay=0.1)
+    for optimizer in (muon, adamw):
         guard(trained, optimizer)
     labels_BU = torch.randint(1, wider.vocab_size, batch.labels_BU.shape)
     czech = Batch(**{**vars(batch), "labels_BU": labels_BU, "languages_B": torch.full((4,), 3)})
@@ -137,7 +138,7 @@ def test_training_the_new_touches_no_old_bit(
         named = losses(output, czech)
         loss = named["ctc"] + named["language"] + named.get("intermediate_ctc", 0)
         loss.backward()
-        (optimizer if step % 2 else adamw).step()
+        (muon if step % 2 else adamw).step()
         new.zero_grad()
     changed = []
     for name, tensor in new.state_dict().items():

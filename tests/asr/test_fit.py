@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
-from mole_asr.asr.fit import fit
+from mole_asr.asr.fit import AverageWeights, fit
 from mole_asr.asr.task import MoleTask, OptimizerConfig
 from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer
@@ -100,6 +101,17 @@ def test_gradients_are_clipped_as_asked(tokenizer_folder: Path, algorithm: str |
     torch.testing.assert_close(bias_N.grad, torch.tensor(clipped))
     task.configure_gradient_clipping(None, None, algorithm)
     torch.testing.assert_close(bias_N.grad, torch.tensor(clipped))
+
+
+def test_the_average_of_a_short_run_is_of_its_last_weights() -> None:
+    average = AveragedModel(torch.nn.Linear(1, 1, bias=False), avg_fn=AverageWeights(0.98)._kwargs["avg_fn"])
+    shares = {}
+    for step in range(400):
+        model = torch.nn.Linear(1, 1, bias=False)
+        model.weight.data.fill_(float(step == 0))  # so that the average is the share of the first weights
+        average.update_parameters(model)
+        shares[step] = average.module.weight.item()
+    assert shares[0] == 1 and shares[10] < 0.01 and shares[100] < 1e-6
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:

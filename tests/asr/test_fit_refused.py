@@ -36,6 +36,15 @@ def test_a_training_that_diverges_writes_no_model(command: Callable[..., list[st
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_sections_that_a_pretrained_model_does_not_read(on_whisper: Callable[..., list[str]]) -> None:
+    for changes, section in (
+        ({"model__encoder__reliability": "entropy"}, "encoder"),
+        ({"model__optimizer__lr": 0.5}, "optimizer"),
+    ):
+        words = [f"--{key.replace('__', '.')}={value}" for key, value in changes.items()]
+        assert refused([*on_whisper(), *words]).startswith(f"model.{section}: is not for model.pretrained")
+
+
 def test_utterances_that_whisper_cannot_hold_are_refused_before_the_run(on_whisper: Callable[..., list[str]]) -> None:
     message = refused(on_whisper(data__max_seconds=28))
     assert message.startswith("data.max_seconds: 28, but the model hears 30 s") and message.endswith("at most 27")
@@ -55,6 +64,15 @@ def test_utterances_that_whisper_cannot_hold_are_refused_before_the_run(on_whisp
         ({"data__train_manifest": "nowhere.jsonl"}, ["nowhere.jsonl"]),
         ({"data__tokenizer": "nowhere"}, ["nowhere"]),
         ({"model__init_from": "nowhere"}, ["nowhere/config.json"]),
+        ({"average_decay": 1.0}, ["average_decay: 1 must be from 0 to below 1"]),
+        ({"average_decay": ".nan"}, ["average_decay: nan must be"]),
+        ({"model__loss_weights__ctc": -1}, ["model.loss_weights.ctc: -1 must be finite and not negative"]),
+        ({"model__optimizer__lr": -0.1}, ["model.optimizer.lr: -0.1 must be finite and not negative"]),
+        ({"model__optimizer__warmup_share": 5}, ["model.optimizer.warmup_share: 5 must be from 0 to 1"]),
+        ({"model__scheduled_share": 2}, ["model.scheduled_share: 2 must be from 0 to 1"]),
+        ({"model__encoder__temperature": ".nan"}, ["model.encoder.temperature: nan must be positive"]),
+        ({"model__fine_tuning__lr": -1}, ["model.fine_tuning.lr: -1 must be finite and not negative"]),
+        ({"model__fine_tuning__lr": 0.1}, ["model.fine_tuning: is for model.pretrained"]),
     ],
 )
 def test_a_wrong_key_or_value_is_named(

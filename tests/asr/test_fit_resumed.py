@@ -184,5 +184,8 @@ def test_a_resumed_run_must_have_the_same_sizes_and_no_fewer_epochs(command: Cal
     assert "trainer.max_epochs: the run to resume has more epochs than 1: give" in refused(
         command(trainer__max_epochs=1)
     )
+    assert "model.encoder.reliability: the run to resume has max_posterior, not entropy: give another" in refused(
+        command(trainer__max_epochs=3, model__encoder__reliability="entropy")
+    )
     for changes in ({"model__encoder__d_ff": 32}, {"model__encoder__num_mole_blocks": 0}):
         assert "other model sizes: give another --output" in refused(command(**changes))

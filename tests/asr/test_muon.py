@@ -79,6 +79,17 @@ def test_an_expert_that_hears_nothing_keeps_its_weights() -> None:
     assert changed == [False, True, False]
 
 
+def test_an_expert_that_was_heard_once_goes_on_by_its_momentum() -> None:
+    experts = nn.Parameter(torch.ones(2, 4, 4))
+    optimizer = Muon([experts], [], lr=0.5, weight_decay=0.1)
+    for heard in (True, False):
+        experts.grad = torch.zeros(2, 4, 4)
+        experts.grad[0] = torch.randn(4, 4) * heard
+        before = experts.detach().clone()
+        optimizer.step()
+        assert [bool((new != old).any()) for new, old in zip(experts, before, strict=True)] == [True, False]
+
+
 def test_the_rest_moves_as_with_adamw() -> None:
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in [(5,), (3, 4), (2, 3, 2)]]

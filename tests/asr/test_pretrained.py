@@ -60,6 +60,10 @@ def attention_loss(model: PretrainedModel, batch: Batch, smoothing: float = 0.1)
         {"num_mole_blocks": 0, "mixture": "dense", "language_tokenizer_block": 2},
         {"mixture": "dense"},
         {"mixture": "forced", "top_k": 2},
+        {"mixture": "switch", "top_k": 2},
+        {"mixture": "omni", "top_k": 2},
+        {"mixture": "group", "top_k": 2},
+        {"mixture": "dense", "language_embedding": True},
     ],
 )
 def test_training_starts_from_whispers_own_function(

@@ -142,7 +142,7 @@ def test_an_encoder_neither_writes_nor_has_bits(make_model: Make, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "content", "part"),
     [
-        ("config.json", None, "no such file"),
+        ("config.json", None, "No such file"),
         ("config.json", "{", "not JSON"),
         ("config.json", "{}", "no language model"),
         ("model.safetensors", "", "cannot be read"),
