@@ -68,6 +68,17 @@ def check_range(section: str, least: float, most: float, **values: float) -> Non
             raise MoleError(f"{section}.{key}: {value:g} {limits}")
 
 
+def check_at_least(least: int, **options: int) -> None:
+    """Refuses too small numbers, by the names of the options.
+
+    Raises:
+        MoleError: naming the first such option.
+    """
+    for name, value in options.items():
+        if value < least:
+            raise MoleError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
 def check_once(languages: Sequence[str]) -> None:
     """Refuses codes of languages that stand twice.
 

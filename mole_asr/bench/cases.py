@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mole_asr.errors import MoleError
-from mole_asr.moe.experts import Activation, Experts
+from mole_asr.moe.experts import GATED, Activation, Experts
 from mole_asr.moe.plan import RoutingPlan
 
 KINDS = ("token", "language", "slices")
@@ -56,25 +56,34 @@ class Case:
         return self.rows * (2 if self.kind == "language" else self.top_k)
 
     @property
-    def flops(self) -> int:
-        """Floating point operations of the forward products."""
-        return 2 * self.pairs * self.d_model * self.d_ff * (3 if self.activation == "swiglu" else 2)
+    def up(self) -> int:
+        """Rows of the first matrix of an expert: its width, and that of its gate."""
+        return self.d_ff * (2 if self.activation in GATED else 1)
 
     @property
-    def dense_flops(self) -> int:
-        """The same of the dense layers that the case is compared with."""
-        return self.flops * (self.experts // self.top_k if self.kind == "slices" else 1)
+    def flops(self) -> int:
+        """Floating point operations of the forward products."""
+        return 2 * self.pairs * self.d_model * (self.up + self.d_ff)
+
+    def dense(self) -> "Case":
+        """The dense layers that the case is compared with, as one expert that has all rows.
+
+        "token": one dense layer of the expert's size on as many rows as there are pairs, so with equal FLOPs;
+        "language": two dense layers on all rows; "slices": the whole dense layer.
+        """
+        if self.kind == "slices":
+            return replace(self, experts=1, top_k=1, d_ff=self.d_ff * self.experts)
+        return replace(self, experts=1, top_k=1, rows=self.pairs if self.kind == "token" else self.rows)
 
     def bytes_moved(self, backward: bool) -> int:
         """The memory traffic of two fused products and a sum, each tensor once: no implementation needs less."""
-        up = self.d_ff * (2 if self.activation == "swiglu" else 1)
-        weights = self.experts * self.d_model * (up + self.d_ff)
+        weights = (self.experts + (self.kind == "language")) * self.d_model * (self.up + self.d_ff)
         rows, pairs = self.rows * self.d_model, self.pairs * self.d_model
         summed = pairs + (pairs + rows if self.pairs > self.rows else 0)
         moved = rows + 2 * self.pairs * self.d_ff + summed + weights
         if backward:
             # z is kept, dz read twice, gate * a once; x and twice dy are gathered; gradients of weights are written.
-            moved += self.pairs * (5 * up + 2 * self.d_ff) + 3 * rows + summed + 2 * weights
+            moved += self.pairs * (5 * self.up + 2 * self.d_ff) + 3 * rows + summed + 2 * weights
         return moved * getattr(torch, self.dtype).itemsize
 
     def __str__(self) -> str:
@@ -138,7 +147,7 @@ def select_cases(
     Raises:
         MoleError: a size below one, or slices so wide that a quarter of them is none.
     """
-    if min(*d_models, *experts, *top_k, *rows, *neurons, d_ff or 1) < 1:
+    if min(*d_models, *experts, *top_k, *rows, *neurons, 1 if d_ff is None else d_ff) < 1:
         raise MoleError("sizes must be 1 or more")
     for kind, dtype, d_model, n in product(kinds, dtypes, d_models, rows):
         width = 4 * d_model if d_ff is None else d_ff
@@ -169,32 +178,27 @@ def make_problem(case: Case, device: torch.device) -> Problem:
         # Slices of a dense layer are not weighed.
         gates = torch.ones_like(gates) if case.kind == "slices" else gates
         plan = RoutingPlan(ids.to(device), gates, case.experts)
-    return _fill(case, plan, case.d_ff, case.rows, generator)
+    return _fill(case, plan, generator)
 
 
 def make_dense(case: Case, device: torch.device) -> Problem:
-    """The dense layers that a case is compared with, as one expert that has all rows.
-
-    "token": one dense layer of the expert's size on as many rows as there are pairs, so with equal FLOPs; "language":
-    two dense layers on all rows; "slices": the whole dense layer.
-    """
-    rows = case.pairs if case.kind == "token" else case.rows
-    width = case.d_ff * case.experts if case.kind == "slices" else case.d_ff
+    """The tensors of `Case.dense`."""
+    dense = case.dense()
     ids = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    segments = torch.tensor([0, rows], device=device)
+    segments = torch.tensor([0, dense.rows], device=device)
     shared_gates = torch.ones(1, device=device) if case.kind == "language" else None
     plan = RoutingPlan(ids, torch.ones(1, 1, device=device), 1, "segment", segments, shared_gates)
-    return _fill(case, plan, width, rows, torch.Generator().manual_seed(1))
+    return _fill(dense, plan, torch.Generator().manual_seed(1))
 
 
-def _fill(case: Case, plan: RoutingPlan, d_ff: int, rows: int, generator: torch.Generator) -> Problem:
+def _fill(case: Case, plan: RoutingPlan, generator: torch.Generator) -> Problem:
     device, dtype = plan.gates.device, getattr(torch, case.dtype)
     shared = plan.shared_gates is not None
-    experts = Experts(plan.num_experts, case.d_model, d_ff, case.activation, case.bias, shared)
+    experts = Experts(plan.num_experts, case.d_model, case.d_ff, case.activation, case.bias, shared)
     for parameter in experts.parameters():
-        bound = 1 / (case.d_model**0.5 if parameter.shape[-1] == case.d_model else d_ff**0.5)
+        bound = 1 / (case.d_model**0.5 if parameter.shape[-1] == case.d_model else case.d_ff**0.5)
         torch.nn.init.uniform_(parameter, -bound, bound, generator)
-    x_ND, dy_ND = (torch.randn(rows, case.d_model, generator=generator) for _ in range(2))
+    x_ND, dy_ND = (torch.randn(case.rows, case.d_model, generator=generator) for _ in range(2))
     return Problem(x_ND.to(device, dtype).requires_grad_(), plan, experts.to(device, dtype), dy_ND.to(device, dtype))
 
 

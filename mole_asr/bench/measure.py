@@ -109,7 +109,8 @@ def _describe(case: Case, backend: str, name: str, device: torch.device) -> dict
 
 def _gpu_columns(case: Case, backend: str, name: str, milliseconds: float, ceilings: Ceilings) -> dict[str, float]:
     """Speed, and how near it is to the roofline of the case (see `Case.bytes_moved`)."""
-    flops = (case.dense_flops if backend in DENSE else case.flops) * (1 if name == "forward" else 3)
+    case = case.dense() if backend in DENSE else case
+    flops = case.flops * (1 if name == "forward" else 3)
     least = ceilings.roofline_ms(flops, case.bytes_moved(backward=name != "forward"))
     return {"tflops": 1e-9 * flops / milliseconds, "roofline_percent": 100 * least / milliseconds}
 

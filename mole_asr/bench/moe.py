@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mole_asr.arguments import check_at_least
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 from mole_asr.moe.experts import Activation
@@ -90,7 +91,10 @@ def moe(
         raise MoleError("there is no GPU that torch can use here; leave --device out")
     left_out = {"reference"} if compile else {"reference", "grouped_mm_compiled"}
     names = list(backends) or [name for name in NAMES if name not in left_out]
+    check_at_least(1, repeat=repeat)
     cases = list(select_cases(kinds, dtype, d_model, experts, top_k, rows, skew, activation, bias, d_ff, neurons))
+    if not cases:
+        raise MoleError("--top-k: is above all --experts, so there is nothing to measure")
     print(f"{device_name(place)}, torch {torch.__version__}: median of {repeat}, {len(cases)} cases", flush=True)
     found: list[dict[str, Any]] = []
     with quiet():

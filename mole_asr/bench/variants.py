@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mole_asr.bench.cases import Case, Problem
 from mole_asr.moe.backends import grouped_mm
-from mole_asr.moe.dispatch import Backend, dispatch
+from mole_asr.moe.dispatch import TRITON_ACTIVATIONS, Backend, dispatch
 from mole_asr.moe.experts import ExpertWeights, activate, feed_forward
 
 Run = Callable[[Problem], Tensor]
@@ -49,7 +49,8 @@ def _applies(name: str, case: Case, problem: Problem) -> bool:
     if name == "liger":
         fits = case.kind == "token" and case.activation == "swiglu" and not case.bias
         return fits and device == "cuda" and find_spec("liger_kernel") is not None
-    return name == "reference" or (device == "cuda" and find_spec("triton") is not None)
+    has_triton = device == "cuda" and find_spec("triton") is not None and case.activation in TRITON_ACTIVATIONS
+    return name == "reference" or has_triton
 
 
 def _dispatch(backend: Backend, problem: Problem) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mole_asr.arguments import check_at_least
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
 from mole_asr.transcribe.command import TranscribeResult
@@ -59,6 +60,7 @@ def whisper(
     """
     from mole_asr.corpus.manifest import Manifest
 
+    check_at_least(1, beam=beam, threads=threads, limit=1 if limit is None else limit)
     cuts = Manifest(manifest)
     rows = range(len(cuts) if limit is None else min(limit, len(cuts)))
     path = Path(output) / f"{Path(manifest).stem}.jsonl"

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mole_asr.arguments import check_seed
+from mole_asr.arguments import check_at_least, check_seed
 from mole_asr.convert.host import DensePart, Host, open_host
 from mole_asr.convert.report import lines_of
 from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
-from mole_asr.convert.training import check_at_least, check_positive, train
+from mole_asr.convert.training import check_positive, train
 from mole_asr.errors import MoleError
 from mole_asr.files import check_output_folder
 from mole_asr.moe.convert.sliced import RouterKind, SlicedLayer

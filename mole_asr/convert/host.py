@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,10 +95,8 @@ class Host(ABC):
 
     Attributes:
         model: in evaluation mode.
-        kind: what it is, for messages.
     """
 
-    kind: ClassVar[str]
     model: nn.Module
 
     @abstractmethod

@@ -74,7 +74,6 @@ class HuggingFaceHost(Host):
         MoleError: transformers is missing, or the folder holds no model that we can slice.
     """
 
-    kind = "Hugging Face model"
     model: Any
 
     def __init__(self, folder: str | Path) -> None:

@@ -4,12 +4,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from mole_asr.arguments import check_seed
+from mole_asr.arguments import check_at_least, check_seed
 from mole_asr.convert.host import draw_rows, open_host
 from mole_asr.convert.report import lines_of
 from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
-from mole_asr.convert.training import check_at_least, check_positive, imitate, relu_adaptation
+from mole_asr.convert.training import check_positive, imitate, relu_adaptation
 from mole_asr.errors import MoleError
 from mole_asr.files import check_output_folder
 from mole_asr.moe.convert.splits import Split

@@ -40,7 +40,6 @@ class SpeechHost(Host):
         MoleError: the folder cannot be read.
     """
 
-    kind = "recogniser"
     model: Recogniser
 
     def __init__(self, folder: str | Path) -> None:

@@ -36,7 +36,6 @@ class TextHost(Host):
         MoleError: the folder cannot be read.
     """
 
-    kind = "language model"
     model: TextModel
 
     def __init__(self, folder: str | Path) -> None:

@@ -29,17 +29,6 @@ _WARM_UP = 0.1
 _CLIP = 1.0
 
 
-def check_at_least(least: int, **options: int) -> None:
-    """Refuses too small numbers, by the names of the options.
-
-    Raises:
-        MoleError: naming the first such option.
-    """
-    for name, value in options.items():
-        if value < least:
-            raise MoleError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-
-
 def check_positive(**options: float) -> None:
     """Refuses rates that are not above zero, by the names of the options.
 

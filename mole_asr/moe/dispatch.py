@@ -23,7 +23,7 @@ _RUN = {
     "grouped_mm": grouped_mm.run,
 }
 _HAS_TRITON = find_spec("triton") is not None
-_TRITON_ACTIVATIONS = ("relu", "silu", "gelu", "swiglu")
+TRITON_ACTIVATIONS = ("relu", "silu", "gelu", "swiglu")
 
 
 def choose_backend(
@@ -47,7 +47,7 @@ def choose_backend(
     """
     if device_type == "cpu":
         return "segment" if layout == "segment" else "cpu_tiled"
-    if device_type == "cuda" and dtype != torch.float64 and _HAS_TRITON and activation in _TRITON_ACTIVATIONS:
+    if device_type == "cuda" and dtype != torch.float64 and _HAS_TRITON and activation in TRITON_ACTIVATIONS:
         return "triton"
     if layout == "segment":
         return "segment"
@@ -57,7 +57,7 @@ def choose_backend(
 def dispatch(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend: Backend = "auto") -> Tensor:
     """Compute y[n] = sum over slots k of gate[n, k] * expert[n, k](x[n]) + shared_gate[n] * shared(x[n]).
 
-    Slots without an expert are skipped by index, never multiplied by zero. Under autocast the products run in its
+    Slots without an expert are left out by index, never multiplied by zero. Under autocast the products run in its
     type with float32 master weights; gates and sums stay float32.
 
     Args:
@@ -85,7 +85,7 @@ def dispatch(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend: Backend
     if backend == "segment" and plan.layout != "segment":
         raise ValueError("the backend 'segment' needs a plan in the layout 'segment'; use 'auto'")
     if backend == "triton":
-        if experts.activation not in _TRITON_ACTIVATIONS:
+        if experts.activation not in TRITON_ACTIVATIONS:
             raise ValueError(f"the backend 'triton' does not know the activation {experts.activation!r}; use 'auto'")
         from mole_asr.moe.backends import triton  # late: its import is slow, and it may be missing
 

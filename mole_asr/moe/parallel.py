@@ -76,6 +76,7 @@ def dispatch_parallel(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend
     plan, group, own = plan.to_token_layout(x_ND.shape[0]), mesh.get_group(), _own_experts(experts)
     x_QD = _Exchange.apply(x_ND.index_select(0, route.rows_P), route.sent, route.received, group)
     gates_QK = _Exchange.apply(plan.gates.index_select(0, route.rows_P), route.sent, route.received, group)
+    backend = "auto" if backend == "segment" else backend  # what comes from other ranks has lost its segments
     y_QD = dispatch(x_QD, RoutingPlan(route.ids_QK, gates_QK, own.num_experts), own, backend)
     y_PD = _Exchange.apply(y_QD, route.received, route.sent, group)
     y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))

@@ -26,7 +26,7 @@ class RoutingPlan:
         layout: "token" or "segment".
         segments: integers [U + 1], offsets of the segments' first rows and the number of rows; "segment" only.
         shared_gates: float [N] or [U], weight of the shared expert that sees every row; None leaves it out.
-        aux: tensors for losses and statistics, by name; `routers.py` says which router gives which.
+        aux: tensors for losses and statistics, by name; `routers/` says which router gives which.
     """
 
     expert_ids: Tensor

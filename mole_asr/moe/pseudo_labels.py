@@ -20,9 +20,12 @@ def activation_mass(x_ND: Tensor, experts: Experts) -> Tensor:
     MoEfication (Zhang et al., arXiv 2110.01786) sums the positive activations of ReLU networks, which is the same
     there. Absolute values for the other activations are ours.
     """
+    exact = torch.promote_types(experts.w1_EFD.dtype, torch.float32)
     with torch.autocast(x_ND.device.type, enabled=False):
         mass = [
-            activate(functional.linear(x_ND.to(w1_FD.dtype), w1_FD, b1_F), experts.activation).abs().sum(-1)
+            activate(functional.linear(x_ND.to(w1_FD.dtype), w1_FD, b1_F), experts.activation)
+            .abs()
+            .sum(-1, dtype=exact)
             for w1_FD, b1_F, _, _ in experts.unbind()
         ]
     return torch.stack(mass, dim=-1)

@@ -314,7 +314,7 @@ class TextModel(nn.Module):
     @property
     def num_experts(self) -> dict[int, int]:
         """Of each layer that has experts, by its place."""
-        parts = {layer: self.blocks[layer].feed_forward for layer in self.policies}
+        parts = {layer: block.feed_forward for layer, block in enumerate(self.blocks)}  # cut ones have no policy
         return {layer: part.experts.num_experts for layer, part in parts.items() if isinstance(part, MoELayer)}
 
     def _share_routers(self) -> None:

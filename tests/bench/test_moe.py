@@ -96,6 +96,9 @@ def test_options_without_meaning_are_refused(capsys: pytest.CaptureFixture, tmp_
         ("--backends fast", "--backends fast: give reference, cpu_tiled"),
         ("--output table.txt", "give such a name"),
         ("--d-model 0", "sizes must be 1 or more"),
+        ("--d-ff 0", "sizes must be 1 or more"),
+        ("--repeat 0", "--repeat 0: must be at least 1"),
+        ("--kinds token --experts 4 --top-k 9", "--top-k: is above all --experts"),
         ("--kinds slices --d-ff 64 --neurons 32", "--neurons 32: of 64 neurons a quarter must be a slice"),
     ):
         assert main(["bench", "moe", *words.split()]) == 1
@@ -127,7 +130,17 @@ def test_dense_layers_have_the_active_flops_of_the_case() -> None:
         case = make_case(kind, activation="relu", bias=False)
         dense = make_dense(case, CPU)
         weights = sum(parameter.numel() for parameter in dense.experts.parameters())
-        assert 2 * weights * len(dense.x_ND) == case.dense_flops == times * case.flops
+        assert 2 * weights * len(dense.x_ND) == case.dense().flops == times * case.flops
+
+
+def test_gates_of_every_kind_count_as_work_and_the_shared_expert_as_memory() -> None:
+    flops = {name: make_case(activation=name).flops for name in ("relu", "swiglu", "reglu", "geglu")}
+    assert flops["swiglu"] == flops["reglu"] == flops["geglu"] == 1.5 * flops["relu"]
+    language = make_case("language", activation="relu", bias=False)
+    weights = sum(parameter.numel() for parameter in make_problem(language, CPU).experts.parameters())
+    rows, pairs = language.rows * language.d_model, 2 * language.rows * language.d_model
+    hidden = 2 * language.pairs * language.d_ff
+    assert language.bytes_moved(backward=False) == 4 * (weights + hidden + rows + pairs + pairs + rows)
 
 
 def test_memory_traffic_counts_each_tensor_once() -> None:

@@ -24,6 +24,7 @@ RANKS = 2
 E, D, F, T = 5, 6, 7, 4
 SHARE = -(-E // RANKS)
 CASES = ["top_k", "rank_without_rows", "rank_without_work", "sentinels", "segments", "layers_share_a_plan"]
+PAIRS = [*((name, backend) for name in CASES for backend in ("reference", "auto")), ("segments", "segment")]
 
 
 def make_batch(lengths: list[int], router: str, low: int = 0, high: int = E + 1) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def cases() -> dict[tuple[str, str], dict[str, Any]]:
     torch.manual_seed(0)
-    return {(name, backend): make_case(name, backend) for name in CASES for backend in ("reference", "auto")}
+    return {(name, backend): make_case(name, backend) for name, backend in PAIRS}
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +144,7 @@ def ranks(cases: dict[tuple[str, str], dict[str, Any]], tmp_path_factory: pytest
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_ranks_compute_what_one_process_does(
     cases: dict[tuple[str, str], dict[str, Any]], ranks: list[Any], name: str, backend: str
 ) -> None:

@@ -57,6 +57,7 @@ ROUTERS: dict[str, Callable[[int, int], Router]] = {
     "language_frame": lambda e, k: LanguageRouter(e, "entropy"),
     "language_gumbel": lambda e, k: LanguageRouter(e, "gumbel", routing="scheduled"),
     "family": lambda e, k: LanguageRouter(2 * e, families=[*range(e), *range(e)], routing="true"),
+    "language_generations": lambda e, k: LanguageRouter(2 * e, families=[*range(e), *range(e)], parts=(e, e)),
     "group": lambda e, k: LanguageGroupRouter(D, groups(e), e // groups(e), min(k, e // groups(e))),
     "group_frame": lambda e, k: LanguageGroupRouter(D, groups(e), e // groups(e), 1, renormalize=False),
     "forced": lambda e, k: ForcedLabelRouter(D, e, max(k, min(2, e))),
@@ -66,7 +67,7 @@ ROUTERS: dict[str, Callable[[int, int], Router]] = {
     "pseudo_label": lambda e, k: PseudoLabelRouter(D, e, k),
 }
 FRAME_LOGITS = {"language_frame", "group_frame"}
-SEGMENTS = {"language", "language_gumbel", "family"}
+SEGMENTS = {"language", "language_gumbel", "family", "language_generations"}
 
 
 def make_layer(name: str, num_experts: int = 4, k: int = 2) -> MoELayer:
@@ -281,6 +282,7 @@ REACHES = {
     "language_frame": (False, True),
     "language_gumbel": (False, True),
     "family": (False, True),
+    "language_generations": (False, True),
     "group": (True, False),  # DLG-MoE: the language posterior never weighs the output
     "group_frame": (True, False),
     "forced": (True, False),
@@ -425,7 +427,9 @@ def test_nothing_needs_values_on_the_host(name: str) -> None:
             x_ND.nonzero()
 
 
-@pytest.mark.parametrize("name", ["top_k", "adaptive", "expert_choice", "family", "group", "forced", "oracle"])
+@pytest.mark.parametrize(
+    "name", ["top_k", "adaptive", "expert_choice", "family", "language_generations", "group", "forced", "oracle"]
+)
 def test_routers_compile_as_one_graph(name: str) -> None:
     layer = make_layer(name).train(name == "forced")
     batch = Batch(name, layer, LENGTHS)

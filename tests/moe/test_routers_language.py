@@ -48,6 +48,20 @@ def test_sigmoid_reliability_comes_from_its_own_head() -> None:
         LanguageRouter(5, "sigmoid")(None, context(z_BN))
 
 
+def test_gumbel_draws_among_the_languages_that_are_kept() -> None:
+    router = LanguageRouter(4, "gumbel", kept=[0, 1, 3])
+    logits = torch.tensor([[0.0, 5.0, 50.0, 0.0]]).expand(3, -1)  # the dropped language is far ahead
+    plan = router.train()(None, context(logits))
+    assert plan.expert_ids[:, 0].tolist() == [1, 1, 1] == plan.aux["predicted"].tolist()
+
+
+def test_a_context_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="routing must be one of predicted, true, scheduled, not 'pred'"):
+        context(random_logits(), routing="pred")
+    with pytest.raises(ValueError, match="languages_B must hold 3 labels"):
+        context(random_logits(), languages_B=torch.tensor([1]))
+
+
 def test_gumbel_explores_in_training_and_has_a_soft_gradient() -> None:
     router = LanguageRouter(5, "gumbel")
     z_BN = torch.zeros(3, 5, dtype=torch.float64, requires_grad=True)

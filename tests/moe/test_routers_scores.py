@@ -112,6 +112,13 @@ def test_the_gap_decides_between_one_expert_and_two() -> None:
     assert torch.equal(again.expert_ids, plan.expert_ids)
 
 
+def test_a_router_that_has_diverged_is_not_silent() -> None:
+    router = AdaptiveRouter(4, 3)
+    torch.nn.init.constant_(next(router.parameters()), torch.nan)
+    plan = router(torch.randn(5, 4))
+    assert (plan.expert_ids < 3).all() and plan.gates.isnan().all()
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_threshold_zero_is_top_1_and_one_is_top_2(renormalize: bool) -> None:
     x_ND = 30 * torch.randn(200, 6)  # some rows are certain: p1 - p2 is exactly one

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional
 
 from mole_asr.moe import CentroidRouter, Experts, MLPRouter, MoELayer, OracleRouter, PseudoLabelRouter
 from mole_asr.moe.experts import feed_forward
@@ -65,6 +66,13 @@ def test_the_oracle_follows_its_layer_and_is_not_saved_with_it() -> None:
         twin.experts.b1_EF.zero_()
     x_ND = torch.randn(3, 6, dtype=torch.float64)
     assert twin.router(x_ND).aux["scores"].sum() == 0 < layer.router(x_ND.float()).aux["scores"].sum()
+
+
+def test_mass_in_bfloat16_is_summed_in_float32() -> None:
+    experts = Experts(16, 8, 64, "relu").bfloat16()
+    x_ND = torch.randn(50, 8).bfloat16()
+    hidden = [functional.linear(x_ND, w1_FD, b1_F).relu().float() for w1_FD, b1_F, _, _ in experts.unbind()]
+    torch.testing.assert_close(activation_mass(x_ND, experts), torch.stack([h.sum(-1) for h in hidden], dim=-1))
 
 
 def test_prior_approximate_labels_name_the_slices_nearest_to_the_dense_output() -> None:

@@ -23,6 +23,7 @@ def run(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
 
 def _schedule(plan: RoutingPlan, limit: int) -> Schedule:
     """Sort the pairs by expert; slots without an expert come last and are cut off."""
+    plan.check_ids()
     ids_P = plan.expert_ids.reshape(-1)
     # Few experts: one byte sorts fastest. The sort is stable, so the rows of an expert stay in order.
     order_P = (ids_P.to(torch.uint8) if plan.num_experts < 256 else ids_P).argsort(stable=True)

@@ -28,6 +28,7 @@ def run(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
 
 
 def _schedule(plan: RoutingPlan, num_rows: int, limit: int) -> Schedule:
+    plan.check_ids()
     unit_N = plan.unit_of_row(num_rows)
     tiles: list[Tile] = []
     gate_index: list[Tensor] = []

@@ -69,9 +69,9 @@ def run_tiles(x_ND: Tensor, plan: RoutingPlan, experts: Experts, schedule: Sched
     if plan.shared_gates is not None:
         flat_gates = torch.cat([flat_gates, plan.shared_gates])
     gates_P = flat_gates.index_select(0, schedule.gate_index_P)
-    stack, shared = experts.stack(), experts.shared_weights() or (None,) * 4
+    shared = experts.shared_weights() if plan.shared_gates is not None else None
     recipe = _Recipe(schedule.tiles, experts.activation, compute_dtype(x_ND), torch.is_grad_enabled())
-    return _TiledExperts.apply(x_ND, gates_P, recipe, *stack, *shared)
+    return _TiledExperts.apply(x_ND, gates_P, recipe, *experts.stack(), *(shared or (None,) * 4))
 
 
 class _Recipe(NamedTuple):
@@ -87,6 +87,7 @@ class _TiledExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, gates_P: Tensor, recipe: _Recipe, *parameters: Tensor | None) -> Tensor:
         tiles, activation, dtype, training = recipe
+        training = training and any(ctx.needs_input_grad)
         keep_outputs = training and ctx.needs_input_grad[1]
         keep_inputs = training and activation != "relu"
         weights = _cast_used(tiles, parameters, dtype, packed=not training)
@@ -162,10 +163,19 @@ def _add(total_ND: Tensor, rows: slice | Tensor, part_nD: Tensor, first: bool) -
 
 
 class _ParameterGradients:
-    """Gradients of all parameters, summed over tiles. Memory is written when an expert first has rows, not before."""
+    """Gradients of all parameters, summed over tiles in at least float32: a sum of many in bfloat16 stands still.
+
+    Memory is written when an expert first has rows, not before.
+    """
 
     def __init__(self, like: list[tuple[torch.Size, torch.dtype] | None], device: torch.device) -> None:
-        self.grads = [None if one is None else torch.empty(one[0], dtype=one[1], device=device) for one in like]
+        self.like = like
+        self.grads = [
+            None
+            if one is None
+            else torch.empty(one[0], dtype=torch.promote_types(one[1], torch.float32), device=device)
+            for one in like
+        ]
         self.seen: set[int] = set()
 
     def add(self, expert: int, x_nD: Tensor, dz_nF: Tensor, a_nF: Tensor, dout_nD: Tensor) -> None:
@@ -182,7 +192,8 @@ class _ParameterGradients:
                 torch.mm(left.t(), right, out=total) if first else total.addmm_(left.t(), right)
         for bias, rows in ((db1_F, dz_nF), (db2_D, dout_nD)):
             if bias is not None:
-                bias.copy_(rows.sum(0)) if first else bias.add_(rows.sum(0))
+                summed = rows.sum(0, dtype=bias.dtype)
+                bias.copy_(summed) if first else bias.add_(summed)
 
     def finish(self) -> list[Tensor | None]:
         """All gradients; zero for the experts without rows."""
@@ -194,7 +205,8 @@ class _ParameterGradients:
         if SHARED not in self.seen:
             for grad in shared:
                 grad.zero_()
-        return self.grads
+        pairs = zip(self.grads, self.like, strict=True)
+        return [None if grad is None or one is None else grad.to(one[1]) for grad, one in pairs]
 
 
 def _cast_used(

@@ -41,8 +41,10 @@ def fit_mlp_router(
         Cross-entropy on the held-out rows.
 
     Raises:
-        ValueError: fewer than two rows.
+        ValueError: fewer than two rows, no epoch, or activations that are no numbers.
     """
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, not {epochs}")
     if len(x_ND) < 2:
         raise ValueError(f"a router needs rows to learn from and rows to be tested on, not {len(x_ND)} rows")
     generator = torch.Generator().manual_seed(seed)
@@ -62,6 +64,8 @@ def fit_mlp_router(
             found = float(activation_loss(router(x_ND[held_out]), mass_NE[held_out]))
         if found < best:
             best, kept = found, {name: value.clone() for name, value in router.state_dict().items()}
+    if best == torch.inf:
+        raise ValueError("the router learned nothing: rows or activations are infinite or no numbers")
     router.load_state_dict(kept)
     return best
 

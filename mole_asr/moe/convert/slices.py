@@ -18,7 +18,7 @@ def contiguous_groups(d_ff: int, num_experts: int) -> Tensor:
     Raises:
         ValueError: the width cannot be divided evenly.
     """
-    if d_ff % num_experts:
+    if num_experts < 1 or d_ff % num_experts:
         raise ValueError(f"a dense FFN of {d_ff} neurons cannot be cut into {num_experts} equal experts")
     return torch.arange(d_ff).view(num_experts, -1)
 
@@ -53,7 +53,9 @@ def slice_dense(
         expected = (stacked * d_ff, d_model)
         raise ValueError(f"w1 must be {expected} for {activation!r} and this w2, not {tuple(dense.w1_FD.shape)}")
     groups_EF = groups_EF.to(dense.w1_FD.device)
-    if not torch.equal(groups_EF.flatten().sort().values, torch.arange(d_ff, device=groups_EF.device)):
+    if groups_EF.dim() != 2 or not torch.equal(
+        groups_EF.flatten().sort().values, torch.arange(d_ff, device=groups_EF.device)
+    ):
         raise ValueError(f"groups_EF must hold each of the {d_ff} neurons once")
     num_experts, width = groups_EF.shape
     bias = dense.b1_F is not None or dense.b2_D is not None

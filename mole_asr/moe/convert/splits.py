@@ -14,7 +14,7 @@ Shape letters: H neurons, E groups (experts), F = H / E neurons of a group, C co
 """
 
 from itertools import combinations
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -42,8 +42,10 @@ def make_groups(
         seed: of what is drawn.
 
     Raises:
-        ValueError: the neurons cannot be divided evenly, or activations are missing.
+        ValueError: the split is unknown, the neurons cannot be divided evenly, or activations are missing.
     """
+    if split not in get_args(Split):
+        raise ValueError(f"split must be one of {', '.join(get_args(Split))}, not {split!r}")
     d_ff = dense.w2_DF.shape[1]
     plain_EF = contiguous_groups(d_ff, num_groups)
     generator = torch.Generator().manual_seed(seed)

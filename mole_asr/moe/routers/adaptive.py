@@ -54,7 +54,7 @@ class AdaptiveRouter(LinearRouter):
         p_NE = logits_NE.softmax(-1)
         ids_NK = top_k(logits_NE, min(2, self.num_experts))
         gates_NK = p_NE.gather(-1, ids_NK)
-        kept_NK = gates_NK[:, :1] - gates_NK <= self.threshold
+        kept_NK = ~(gates_NK[:, :1] - gates_NK > self.threshold)  # NaN is kept: it must not look like "no expert"
         gates_NK = gates_NK.where(kept_NK, 0)
         if self.renormalize:
             gates_NK = gates_NK / gates_NK.sum(-1, keepdim=True)

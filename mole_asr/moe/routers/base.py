@@ -5,7 +5,7 @@ D model width.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,12 @@ from mole_asr.moe.plan import RoutingPlan
 from mole_asr.moe.rows import PackedRows
 
 Routing = Literal["predicted", "true", "scheduled"]
+
+
+def check_routing(routing: str) -> None:
+    """Refuse an unknown routing."""
+    if routing not in get_args(Routing):
+        raise ValueError(f"routing must be one of {', '.join(get_args(Routing))}, not {routing!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +44,14 @@ class RoutingContext:
     reliability_logits: Tensor | None = None
     routing: Routing | None = None
     generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        """Check the routing and the number of labels."""
+        if self.routing is not None:
+            check_routing(self.routing)
+        utterances = self.rows.lengths_B.numel()
+        if self.languages_B is not None and self.languages_B.shape != (utterances,):
+            raise ValueError(f"languages_B must hold {utterances} labels, not {tuple(self.languages_B.shape)}")
 
     @property
     def by_frame(self) -> bool:

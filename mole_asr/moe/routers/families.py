@@ -4,6 +4,7 @@ Shape letters: U units (utterances or frames), L languages, E families, each wit
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class Families(nn.Module):
         if not found or found != list(range(len(found))):
             raise ValueError(f"families must be numbered 0, 1, ... without a gap, not {found}")
         self.num_families = len(found)
+        self._families_of_first = [top + 1 for top in accumulate(family_of_language, max)]
         families_L = torch.tensor(list(family_of_language))
         member_LE = families_L[:, None] == torch.arange(self.num_families)
         self.register_buffer("family_of_language_L", families_L, persistent=False)
@@ -48,5 +50,5 @@ class Families(nn.Module):
         """
         member_LE = self.member_LE[: logits_UL.shape[1]]
         if logits_UL.shape[1] < len(self.member_LE):
-            member_LE = member_LE[:, : int(self.family_of_language_L[: len(member_LE)].max()) + 1]
+            member_LE = member_LE[:, : self._families_of_first[len(member_LE) - 1]]
         return logits_UL[:, :, None].where(member_LE, -torch.inf).logsumexp(1)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from mole_asr.moe.parts import choose
 from mole_asr.moe.plan import RoutingPlan
-from mole_asr.moe.routers.base import Router, Routing, RoutingContext
+from mole_asr.moe.routers.base import Router, Routing, RoutingContext, check_routing
 from mole_asr.moe.routers.families import Families
 
 Reliability = Literal["max_posterior", "entropy", "sigmoid", "gumbel", "one", "zero"]
@@ -128,6 +128,8 @@ class LanguageRouter(Router):
         p_UE = p_UE if self.kept_experts_E is None else p_UE[:, self.kept_experts_E]
         predicted_U = p_UE.argmax(-1)
         noisy_UE = self._gumbel_sample(scaled_of[-1], context.generator)
+        if noisy_UE is not None and self.kept_experts_E is not None:
+            noisy_UE = noisy_UE[:, self.kept_experts_E]
         drawn_U = predicted_U if noisy_UE is None else noisy_UE.argmax(-1)
         expert_U = routed_language(drawn_U, context, self.routing, self.training, self.families_of_labels)
         if self.reliability == "entropy":
@@ -186,12 +188,6 @@ def _certainty(p_UE: Tensor) -> Tensor:
     # A probability of zero has no entropy, but it must not have an infinite gradient either.
     entropy_U = -(p_UE * p_UE.clamp(min=torch.finfo(p_UE.dtype).tiny).log()).sum(-1)
     return 1 - entropy_U / math.log(p_UE.shape[1])
-
-
-def check_routing(routing: str) -> None:
-    """Refuse an unknown routing."""
-    if routing not in get_args(Routing):
-        raise ValueError(f"routing must be one of {', '.join(get_args(Routing))}, not {routing!r}")
 
 
 def units_of(context: RoutingContext, values: Tensor, name: str) -> Tensor:

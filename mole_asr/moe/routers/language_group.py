@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mole_asr.moe.plan import RoutingPlan
-from mole_asr.moe.routers.base import LinearRouter, Routing, RoutingContext, check_k, gates_of, top_k
-from mole_asr.moe.routers.language import check_routing, language_logits_of, routed_language
+from mole_asr.moe.routers.base import LinearRouter, Routing, RoutingContext, check_k, check_routing, gates_of, top_k
+from mole_asr.moe.routers.language import language_logits_of, routed_language
 
 
 class LanguageGroupRouter(LinearRouter):
