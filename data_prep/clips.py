@@ -66,13 +66,21 @@ def decode(content: bytes, name: str) -> tuple[np.ndarray, int]:
     return audio_SC.mean(axis=1), rate_hz
 
 
-def store(clip: Clip, path: Path, utterance_id: str) -> Utterance:
+def store(clip: Clip, path: Path, utterance_id: str, since: float = 0.0) -> Utterance:
     """Writes the recording of `clip` as a 16 kHz wav file, 16 bits a sample, unless a whole one is there.
+
+    Args:
+        clip: to store.
+        path: of the file.
+        utterance_id: of the utterance.
+        since: time (of the file system) before which a file was stored by other code, and is written anew.
 
     Returns:
         The clip as an utterance that refers to the file.
     """
-    num_samples = wav_samples(path) or write_wav(*clip.read(), path)
+    old_samples = wav_samples(path)
+    is_ours = old_samples is not None and path.stat().st_mtime >= since
+    num_samples = old_samples if old_samples and is_ours else write_wav(*clip.read(), path)
     duration_s = num_samples / SAMPLING_RATE_HZ
     return Utterance(
         utterance_id, path, 0.0, duration_s, SAMPLING_RATE_HZ, clip.spoken, clip.language, clip.speaker, num_samples

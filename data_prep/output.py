@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -70,12 +69,12 @@ def is_done(output: Path, recipe: str, splits: Sequence[str] = SPLITS) -> bool:
     return all(clips.wav_samples(utterance.audio_path) == utterance.num_samples for utterance in utterances)
 
 
-def discard_old_audio(output: Path, recipe: str) -> None:
-    """Removes recordings that other code has stored: they are whole, and may be others than this recipe's."""
+def audio_since(output: Path, recipe: str) -> float:
+    """When this code began to store recordings: older ones are whole, and may be others than this recipe's."""
     stamp, code = output / "audio" / "code", json.loads(recipe)["code"]
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != code:
-        shutil.rmtree(stamp.parent, ignore_errors=True)
         write_text(stamp, code)
+    return stamp.stat().st_mtime
 
 
 def print_left_out(output: Path) -> None:

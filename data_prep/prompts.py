@@ -23,7 +23,7 @@ import numpy as np
 from mole_asr.corpus.manifest import Utterance
 from mole_asr.data_prep import debian
 from mole_asr.data_prep.clips import Clip, store
-from mole_asr.data_prep.output import SPLITS, code_recipe, discard_old_audio, is_done, print_summary, write_corpus
+from mole_asr.data_prep.output import SPLITS, audio_since, code_recipe, is_done, print_summary, write_corpus
 from mole_asr.errors import MoleError
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
@@ -80,11 +80,11 @@ def prepare(output: str | Path, languages: Sequence[str] = LANGUAGES, source: st
         if source is None:
             fetch_packages(languages, folder)
         packages = debian.verified(_sums(languages), folder)
-        discard_old_audio(output, recipe)
+        since = audio_since(output, recipe)
         utterances: dict[str, list[Utterance]] = {split: [] for split in SPLITS}
         left_out: list[tuple[str, str, str]] = []
         for language in languages:
-            _prepare_language(language, packages, output, utterances, left_out)
+            _prepare_language(language, packages, output, since, utterances, left_out)
         write_corpus(output, utterances, left_out, recipe)
     print("licences: " + ", ".join(f"{language} {LICENCES[language]}" for language in languages))
     print_summary(output)
@@ -150,6 +150,7 @@ def _prepare_language(
     language: str,
     packages: Mapping[str, Path],
     output: Path,
+    since: float,
     utterances: Mapping[str, list[Utterance]],
     left_out: list[tuple[str, str, str]],
 ) -> None:
@@ -166,7 +167,7 @@ def _prepare_language(
         else:
             path = output.absolute() / "audio" / language / f"{clip.key.replace('/', '-')}.wav"
             utterance_id = f"{language}-{clip.key.replace('/', '_')}"
-            utterances[split_of(clip.key)].append(store(clip, path, utterance_id))
+            utterances[split_of(clip.key)].append(store(clip, path, utterance_id, since))
     left_out.extend((language, key, "transcript without audio") for key in without_audio)
 
 

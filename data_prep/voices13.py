@@ -22,8 +22,8 @@ from mole_asr.corpus.manifest import Manifest, Utterance
 from mole_asr.data_prep import debian, drascula, festvox_ru, fillets, prompts, queen, tuxpaint
 from mole_asr.data_prep.clips import Clip, store
 from mole_asr.data_prep.output import (
+    audio_since,
     code_recipe,
-    discard_old_audio,
     is_done,
     manifest_path,
     print_left_out,
@@ -66,12 +66,12 @@ def prepare(output: str | Path, source: str | Path | None = None) -> None:
         if source is None:
             debian.fetch(sums, folder)
         packages = debian.verified(sums, folder)
-        discard_old_audio(output, recipe)
+        since = audio_since(output, recipe)
         utterances: dict[str, list[Utterance]] = {split: [] for split in SPLITS}
         left_out: list[tuple[str, str, str]] = []
         for name, module in SOURCES.items():
             print(f"{name}: unpacking and decoding ...", flush=True)
-            _prepare_source(name, module.clips(packages), table, output, utterances, left_out)
+            _prepare_source(name, module.clips(packages), table, output, since, utterances, left_out)
         write_corpus(output, utterances, left_out, recipe)
     for name, module in SOURCES.items():
         print(f"licence of {name}: {module.LICENCE}")
@@ -118,6 +118,7 @@ def _prepare_source(
     clips: Iterable[Clip],
     table: _Table,
     output: Path,
+    since: float,
     utterances: Mapping[str, list[Utterance]],
     left_out: list[tuple[str, str, str]],
 ) -> None:
@@ -132,7 +133,7 @@ def _prepare_source(
         else:
             name = clip.key.replace("/", "_")
             path = output.absolute() / "audio" / source / clip.language / f"{name}.wav"
-            utterance = store(clip, path, f"{source}-{clip.language}-{name}")
+            utterance = store(clip, path, f"{source}-{clip.language}-{name}", since)
             speaker, split = table[place]
             utterances[split].append(replace(utterance, speaker=speaker))
         missing.discard(place)

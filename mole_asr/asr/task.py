@@ -27,6 +27,7 @@ from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.decode.greedy import greedy_ctc
 from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams
 from mole_asr.errors import MoleError
+from mole_asr.moe.convert.sliced import describe
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,10 @@ class MoleTask(ResumableTask):
     ) -> None:
         super().__init__()
         check_range("model", 0, 1, scheduled_share=scheduled_share)
-        _refuse_unused(encoder, optimizer, pretrained, fine_tuning, init_from)
+        if fine_tuning.pretrained_share and (pretrained is None or init_from is not None):
+            raise MoleError("model.fine_tuning.pretrained_share: is for a start from model.pretrained; leave it out")
+        if pretrained is not None and encoder != EncoderConfig():
+            raise MoleError("model.encoder: is not for model.pretrained, which has the same switches; leave it out")
         self.text_tokenizer = TextTokenizer(tokenizer)
         self.loss_weights, self.optimizer_config, self.fine_tuning = loss_weights, optimizer, fine_tuning
         self.scheduled_share, self.seed = scheduled_share, seed
@@ -116,6 +120,7 @@ class MoleTask(ResumableTask):
                 merge_generations(self.model)
             if (ngrams := Path(init_from) / NGRAM_FILE).exists():
                 self.old_ngrams = load_ngrams(ngrams, old_tokenizer.vocab_size)
+        _refuse_unused(optimizer, fine_tuning, isinstance(self.model, PretrainedModel))
         if freeze_old and init_from is None:
             raise MoleError("model.freeze_old: there is nothing old; give model.init_from, or leave it out")
         self.freeze_old = freeze_old
@@ -132,9 +137,10 @@ class MoleTask(ResumableTask):
         return self.text_tokenizer.model
 
     def switches(self) -> dict[str, Any]:
-        """The config of the model, but where it was started from."""
-        section = self.model.config.section
-        return {f"{section}.{key}": value for key, value in asdict(self.model.config).items() if key != "checkpoint"}
+        """The config of the model, but where it was started from and what acts in recognition alone; and its slices."""
+        section, config = self.model.config.section, asdict(self.model.config)
+        config = {key: value for key, value in config.items() if key not in ("checkpoint", "second_hearing")}
+        return {f"{section}.{key}": value for key, value in config.items()} | describe(self.model)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The weighted sum of the losses of a batch."""
@@ -256,19 +262,9 @@ def _edit_distance(reference: str, hypothesis: str) -> int:
     return Levenshtein.distance(reference, hypothesis)
 
 
-def _refuse_unused(
-    encoder: EncoderConfig,
-    optimizer: OptimizerConfig,
-    pretrained: PretrainedConfig | None,
-    fine_tuning: FineTuning,
-    init_from: str | None,
-) -> None:
+def _refuse_unused(optimizer: OptimizerConfig, fine_tuning: FineTuning, is_pretrained: bool) -> None:
     """Refuses sections of the config that nothing would read."""
-    if fine_tuning.pretrained_share and (pretrained is None or init_from is not None):
-        raise MoleError("model.fine_tuning.pretrained_share: is for a start from model.pretrained; leave it out")
-    if pretrained is None and init_from is None and fine_tuning != FineTuning():
-        raise MoleError("model.fine_tuning: is for model.pretrained; learning rates are in model.optimizer")
-    if pretrained is not None and encoder != EncoderConfig():
-        raise MoleError("model.encoder: is not for model.pretrained, which has the same switches; leave it out")
-    if pretrained is not None and optimizer != OptimizerConfig():
-        raise MoleError("model.optimizer: is not for model.pretrained; learning rates are in model.fine_tuning")
+    if is_pretrained and optimizer != OptimizerConfig():
+        raise MoleError("model.optimizer: is not for a pretrained model; learning rates are in model.fine_tuning")
+    if not is_pretrained and fine_tuning != FineTuning():
+        raise MoleError("model.fine_tuning: is for a pretrained model; learning rates are in model.optimizer")

@@ -18,6 +18,8 @@ import soundfile
 from mole_asr.errors import MoleError
 
 if TYPE_CHECKING:
+    from av import AudioFrame
+    from av.container import InputContainer
     from torchaudio.transforms import Resample
 
 SAMPLING_RATE_HZ = 16000
@@ -71,7 +73,7 @@ def read_audio(
     """
     path = Path(path)
     try:
-        sound = _open_soundfile(path)
+        sound = _open_soundfile(path, None if duration_s is None else start_s + duration_s)
     except soundfile.SoundFileError:
         audio_S, file_rate_hz = _read_av(path, start_s, duration_s)
     else:
@@ -149,8 +151,12 @@ def _resampler(old: int, new: int) -> "Resample":
     return Resample(old, new)
 
 
-def _open_soundfile(path: Path) -> soundfile.SoundFile:
+def _open_soundfile(path: Path, end_s: float | None = None) -> soundfile.SoundFile:
     """Opens with soundfile.
+
+    Args:
+        path: the file.
+        end_s: up to where it is read; None: to its end.
 
     Raises:
         SoundFileError: PyAV has to read the file.
@@ -168,7 +174,8 @@ def _open_soundfile(path: Path) -> soundfile.SoundFile:
     except UnicodeEncodeError:
         raise MoleError(f"{str(path)!a}: the name of the file is not UTF-8; rename it") from None
     # Of an MP3 file of variable bit rate libsndfile guesses the length by its beginning, and reads no further.
-    if sound.frames > _UNKNOWN_LENGTH or sound.format == "MP3":
+    is_guessed = sound.format == "MP3" and (end_s is None or end_s * sound.samplerate > sound.frames)
+    if sound.frames > _UNKNOWN_LENGTH or is_guessed:
         sound.close()
         raise soundfile.SoundFileError("unknown length")
     if sound.samplerate < _MIN_RATE_HZ:
@@ -227,11 +234,29 @@ def _av_blocks(path: Path) -> Iterator[tuple[int, np.ndarray]]:
             if not container.streams.audio:
                 raise MoleError(f"{path}: holds no audio stream")
             to_float = av.AudioResampler(format="fltp")
-            for frame in container.decode(container.streams.audio[0]):
+            for frame in _av_frames(container):
                 for float_frame in to_float.resample(frame):
                     yield float_frame.sample_rate, float_frame.to_ndarray()
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise MoleError(f"{path}: not an audio file that can be read: {_one_line(error)}") from None
+
+
+def _av_frames(container: "InputContainer") -> "Iterator[AudioFrame]":
+    """What can be decoded of the first audio stream: tags and damage between packets are passed over, as players do."""
+    import av
+
+    broken: av.FFmpegError | None = None
+    found = False
+    for packet in container.demux(container.streams.audio[0]):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError as error:
+            broken = error
+            continue
+        found = found or bool(frames)
+        yield from frames
+    if broken is not None and not found:
+        raise broken
 
 
 def _one_line(error: Exception) -> str:

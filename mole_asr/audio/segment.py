@@ -42,8 +42,11 @@ def speech_segments(
     duration_s = len(audio_S) / sampling_rate_hz
     if duration_s <= max_seconds:
         return [(0.0, duration_s)]
-    rank = max(1, round(min(max(_LOUD_S / _FRAME_S, _LOUD_SHARE * len(level_T)), len(level_T) / 10)))
+    shortest = max(1, round(min(_LOUD_S / _FRAME_S, len(level_T) / 10)))
+    rank = max(shortest, round(_LOUD_SHARE * len(level_T)))
     loud_db = np.partition(level_T, -rank)[-rank]
+    if loud_db - _RANGE_DB < np.percentile(level_T, 10):  # so little speech that this is the level of the noise
+        loud_db = np.partition(level_T, -shortest)[-shortest]
     stretches = _stretches(level_T >= max(loud_db - _RANGE_DB, _SILENCE_DB))
     # Frames are whole numbers of samples, so at odd rates they last a little more or less than _FRAME_S.
     frame_s = round(_FRAME_S * sampling_rate_hz) / sampling_rate_hz

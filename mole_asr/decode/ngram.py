@@ -38,7 +38,6 @@ class TokenNgram:
         self.vocab_size, self.ngrams_MO, self.counts_M = vocab_size, ngrams_MO, counts_M
         self.known = vocab_size if known is None else known
         self.order = ngrams_MO.shape[1]
-        # Short histories stay: longer ones are mixed from them.
         self.probabilities = lru_cache(maxsize=max(1000, _CACHE_BYTES // (8 * (self.known + 1))))(self._probabilities)
 
     @classmethod
@@ -63,7 +62,10 @@ class TokenNgram:
     def log_probs(self, text: Sequence[int]) -> np.ndarray:
         """Natural logarithms float64[V + 1] of what follows a text so far; the last one is the end."""
         padded = [START] * (self.order - 1) + list(text[-self.order + 1 :] if self.order > 1 else [])
-        logs = np.log(self.probabilities(tuple(padded[len(padded) - self.order + 1 :])))
+        history = tuple(padded[len(padded) - self.order + 1 :])
+        while history and history not in self._counts:  # one that was never seen says what a shorter one does
+            history = history[1:]
+        logs = np.log(self.probabilities(history))
         if self.known == self.vocab_size:
             return logs
         return np.concatenate([logs[:-1], np.full(self.vocab_size - self.known, -np.inf), logs[-1:]])

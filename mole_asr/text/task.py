@@ -15,6 +15,7 @@ from mole_asr.arguments import check_range
 from mole_asr.asr.muon import OptimizerConfig, build_optimizer
 from mole_asr.asr.resumable_task import ResumableTask
 from mole_asr.errors import MoleError
+from mole_asr.moe.convert.sliced import describe
 from mole_asr.moe.experts import Activation
 from mole_asr.text.checkpoint import LanguageModel, load_text_model
 from mole_asr.text.cost import token_cost
@@ -129,9 +130,12 @@ class TextTask(ResumableTask):
         return self.vocabulary.fingerprint
 
     def switches(self) -> dict[str, Any]:
-        """The config of the network and of the experts."""
-        network = {f"model.network.{key}": value for key, value in asdict(self.model.config).items()}
-        return network | {"model.experts": [asdict(each) for each in self.model.experts]}
+        """The config of the network and of the experts, and the slices."""
+        sections = {"model.network": self.model.config}
+        sections |= {f"model.experts {place}": each for place, each in enumerate(self.model.experts)}
+        configs = ((name, asdict(section)) for name, section in sections.items())
+        switches = {f"{name}.{key}": value for name, config in configs for key, value in config.items()}
+        return switches | describe(self.model)
 
     def language_model(self) -> LanguageModel:
         """The model and what belongs to it, to save."""

@@ -194,9 +194,9 @@ class Transcriber:
             weights: fields of `decode.decoder.Weights`; others stay as they are.
 
         Raises:
-            MoleError: some are given, and the CTC head does not write, or does not search.
+            MoleError: some are not zero, and the CTC head does not write, or does not search.
         """
-        if weights and (self.head != "ctc" or not self.decoder.beam):
+        if any(weights.values()) and (self.head != "ctc" or not self.decoder.beam):
             raise MoleError(
                 "ngram-weight, length-bonus: serve the search of the CTC head; give --head ctc, no --beam 0"
             )

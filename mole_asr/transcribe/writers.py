@@ -2,6 +2,7 @@
 
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, pairwise, zip_longest
@@ -89,16 +90,24 @@ def _cues(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
 
 
 def _parts(word: Word) -> list[Word]:
-    """A word that fits a line and a cue, or equal parts of it that do: some languages write no spaces."""
-    count = max(math.ceil(len(word.text) / _LINE_CHARACTERS), math.ceil((word.end_s - word.start_s) / _CUE_S))
-    if count < 2 or len(word.text) < count:
+    """A word that fits a line, or equal parts of a longer one that fit a line and a cue: some write no spaces."""
+    if len(word.text) <= _LINE_CHARACTERS:
         return [word]
-    cuts = [round(part * len(word.text) / count) for part in range(count + 1)]
+    limit = _LINE_CHARACTERS - 4  # room for marks
+    count = max(math.ceil(len(word.text) / limit), math.ceil((word.end_s - word.start_s) / _CUE_S))
+    cuts = [_beside_marks(word.text, round(part * len(word.text) / count)) for part in range(count + 1)]
     letter_s = (word.end_s - word.start_s) / len(word.text)
     return [
         replace(word, text=word.text[a:b], start_s=word.start_s + a * letter_s, end_s=word.start_s + b * letter_s)
         for a, b in pairwise(cuts)
     ]
+
+
+def _beside_marks(text: str, cut: int) -> int:
+    """The place itself, or the one before it that does not part a letter from its marks."""
+    while 0 < cut < len(text) and unicodedata.category(text[cut]).startswith("M"):
+        cut -= 1
+    return cut
 
 
 def _fits(cue: list[Word], word: Word) -> bool:

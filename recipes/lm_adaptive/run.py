@@ -75,9 +75,10 @@ def trained(names: Sequence[str], seed: int, options: argparse.Namespace) -> dic
     return {name: load_text_model(folder) for name, folder in folders.items()}
 
 
-def add_row(row: dict[str, Any], results: ResultFile) -> None:
-    """Writes a row, with its origin."""
-    results.add([row | {"commit": code_version(HERE.parents[1]), "date": date.today().isoformat()}])
+def add_rows(rows: Sequence[dict[str, Any]], results: ResultFile) -> None:
+    """Writes rows at once, with their origin."""
+    origin = {"commit": code_version(HERE.parents[1]), "date": date.today().isoformat()}
+    results.add([row | origin for row in rows])
 
 
 def measure(system: System, seed: int, options: argparse.Namespace, results: ResultFile) -> None:
@@ -96,7 +97,7 @@ def measure(system: System, seed: int, options: argparse.Namespace, results: Res
     found = evaluate(model, read_test_texts(options.data, data["languages"]), WINDOWS)
     row = {"system": system.name, "seed": seed, "kind": "quality", "steps": steps_of(system, options)}
     row |= quality(model, found) | training(folder, model, found, data["window"] * data["batch_windows"])
-    add_row(row, results)
+    add_rows([row], results)
     print(f"{row['bits_per_byte']:.4f} bits a byte", flush=True)
 
 
@@ -107,12 +108,14 @@ def measure_gates(seed: int, options: argparse.Namespace, results: ResultFile) -
     """
     top_2 = trained([REFERENCE], seed, options)[REFERENCE]
     texts = read_test_texts(options.data, config()["data"]["languages"])
+    rows = []
     for threshold in THRESHOLDS:
         experts = ExpertsConfig("adaptive", num_experts=top_2.model.experts[0].num_experts, threshold=threshold)
         model = upcycle(top_2.model, [experts], top_2.model.languages).eval()
         gated = replace(top_2, model=model)
         row = {"system": f"gate-{threshold:g}", "seed": seed, "kind": "gate", "threshold": threshold}
-        add_row(row | quality(gated, evaluate(gated, texts, WINDOWS)), results)
+        rows.append(row | quality(gated, evaluate(gated, texts, WINDOWS)))
+    add_rows(rows, results)
 
 
 def batch_of(texts: dict[str, Sequence[str]], settings: dict[str, Any], vocabulary: Any) -> TextBatch:

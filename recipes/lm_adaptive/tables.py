@@ -129,7 +129,12 @@ def _gates(results: ResultFile) -> str:
     runs = {T: results.select(kind="gate", threshold=T) for T in THRESHOLDS}
     if not all(runs.values()):
         return ""
-    header = ["top-2 model, gated otherwise", "tokens with two experts", "bits a byte", "of what the second expert gives"]
+    header = [
+        "top-2 model, gated otherwise",
+        "tokens with two experts",
+        "bits a byte",
+        "of what the second expert gives",
+    ]
     bits = {T: mean(row["bits_per_byte"] for row in rows) for T, rows in runs.items()}
     none, everything = bits[THRESHOLDS[0]], bits[THRESHOLDS[-1]]
     lines = [

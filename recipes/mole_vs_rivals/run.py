@@ -58,6 +58,10 @@ class Setting:
             return self.runs / self.condition.name / "cuts_train.jsonl"
         return self.data / self.condition.corpus / "cuts_train.jsonl"
 
+    def manifest(self, test: TestSet) -> Path:
+        """What a test set consists of."""
+        return self.runs / "tests" / f"{self.condition.corpus}-{test.name}.jsonl"
+
     @property
     def folder(self) -> Path:
         """Where the trained model lies."""
@@ -129,22 +133,20 @@ def lacking(setting: Setting, results: Results) -> list[TestSet]:
 
 def run_all(settings: list[Setting], results: Results, source: str | None, jobs: int) -> None:
     """Measures what results.json lacks."""
-    settings = [setting for setting in settings if lacking(setting, results)]
+    calls = []
     for setting in settings:
-        prepare(setting, source)
-    do_all(run, [(setting, results) for setting in settings if setting.system.weights_of is None], jobs)
-    do_all(run, [(setting, results) for setting in settings if setting.system.weights_of is not None], jobs)
+        if tests := lacking(setting, results):
+            prepare(setting, source)
+            # Here, as jobs share these files.
+            if ready := [test for test in tests if gather(test, setting.data, setting.manifest(test))]:
+                calls.append((setting, ready, results))
+    do_all(run, [call for call in calls if call[0].system.weights_of is None], jobs)
+    do_all(run, [call for call in calls if call[0].system.weights_of is not None], jobs)
 
 
-def run(setting: Setting, results: Results) -> None:
-    """Measures one setting; trains for it if the model is not there."""
+def run(setting: Setting, ready: list[TestSet], results: Results) -> None:
+    """Measures one setting on these test sets; trains for it if the model is not there."""
     system, condition = setting.system, setting.condition
-    manifests = {
-        test.name: setting.runs / "tests" / f"{condition.corpus}-{test.name}.jsonl" for test in condition.tests
-    }
-    ready = [test for test in lacking(setting, results) if gather(test, setting.data, manifests[test.name])]
-    if not ready:
-        return
     print(f"\n== {condition.name}, {system.name}, seed {setting.seed}: {', '.join(t.name for t in ready)}", flush=True)
     hours = hours_of(setting.train_manifest)
     languages = list(hours)
@@ -157,8 +159,8 @@ def run(setting: Setting, results: Results) -> None:
     models = {code: setting.folder / part / "model" for part, codes in parts.items() for code in codes}
     for test in ready:
         hypothesis = setting.runs / condition.name / system.name / f"seed{setting.seed}" / f"{test.name}.jsonl"
-        heard = transcribe(models, manifests[test.name], hypothesis, system.told)
-        rows, utterances, details = figures(manifests[test.name], hypothesis, heard)
+        heard = transcribe(models, setting.manifest(test), hypothesis, system.told)
+        rows, utterances, details = figures(setting.manifest(test), hypothesis, heard)
         if test.name != "test":
             del details["serves"]
         elif not system.monolingual:

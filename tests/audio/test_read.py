@@ -221,6 +221,23 @@ def test_the_length_of_an_mp3_file_is_not_guessed(tmp_path: Path, quiet_first: b
     assert probe(tmp_path / "a.mp3").num_samples == pytest.approx(len(audio_S), abs=4000)
 
 
+def test_tags_and_damage_between_the_packets_of_an_mp3_file_are_passed_over(tmp_path: Path) -> None:
+    audio_S = np.tile(melody(16000), 10)
+    soundfile.write(tmp_path / "a.mp3", audio_S, 16000)
+    data = (tmp_path / "a.mp3").read_bytes()
+    middle = len(data) // 2
+    damaged = {
+        "behind": data + bytes(5000),
+        "text": data + b"LYRICSBEGIN" * 50,
+        "hole": data[:middle] + data[middle + 500 :],
+    }
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.mp3").write_bytes(content)
+        assert len(read_audio(tmp_path / f"{name}.mp3")) == pytest.approx(len(audio_S), rel=0.1)
+    part_S = read_audio(tmp_path / "a.mp3", start_s=3.0, duration_s=2.0)
+    assert len(part_S) == 32000 and best_correlation(audio_S[48000:80000], part_S)[0] > 0.95
+
+
 def test_names_and_rates_that_no_library_takes(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.wav")
     soundfile.write(os.fsencode(tmp_path / name), melody(16000), 16000, format="WAV")

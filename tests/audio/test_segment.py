@@ -68,6 +68,11 @@ def test_a_jingle_leaves_quiet_speech_in() -> None:
     assert sum(end - start for start, end in segments) > 160
 
 
+def test_little_speech_in_a_long_noise_is_found() -> None:
+    audio_S = bursts([(100.0, 4.0), (200.0, 4.0), (290.0, 0.0)], 8000, floor=5e-4)
+    assert sum(end - start for start, end in speech_segments(audio_S, 8000)) == pytest.approx(8.8, abs=0.3)
+
+
 def test_a_long_stretch_is_cut_in_its_pauses() -> None:
     audio_S = bursts([(0, 12.0), (0.4, 14.0), (0.4, 13.0)], 16000, floor=1e-4)
     segments = speech_segments(audio_S, 16000, max_seconds=20.0)

@@ -164,7 +164,7 @@ def test_importing_the_command_imports_no_torch() -> None:
         ({"lm_mode": "fusion"}, "--lm-mode.*--lm FOLDER"),
         ({"ngram_weight": -1.0}, "--ngram-weight -1: must be finite and not negative"),
         ({"length_bonus": float("nan")}, "--length-bonus nan: must be finite"),
-        ({"lm": "nowhere"}, r"nowhere.config\.json: no such file"),
+        ({"lm": "nowhere"}, r"nowhere.config\.json: cannot be read"),
     ],
 )
 def test_a_language_model_that_cannot_serve_is_refused(tmp_path: Path, options: dict[str, Any], part: str) -> None:
@@ -191,3 +191,4 @@ def test_weights_go_to_the_search(tmp_path: Path, transcriber: Transcriber, caps
     assert len(capsys.readouterr().out.split(": ")[1]) > 4
     with pytest.raises(MoleError, match=r"ngram-weight, length-bonus: serve the search of the CTC head"):
         transcribe([str(path)], model="m", beam=0, ngram_weight=1.0)
+    transcribe([str(path)], model="m", beam=0, ngram_weight=0.0)  # nothing is asked for

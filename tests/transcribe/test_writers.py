@@ -76,6 +76,9 @@ def test_a_text_without_spaces_is_cut_into_cues() -> None:
         assert "".join("".join(lines) for *_, lines in srt) == text
         assert all(b - a <= 7.002 and len(lines) <= 2 and max(map(len, lines)) <= 42 for a, b, lines in srt)
         assert srt[0][0] == 1.0 and srt[-1][1] == pytest.approx(1 + seconds, abs=1e-3)
+    thai = [line for *_, lines in parse_cues(WRITERS["srt"](transcript_of([("กี่" * 40, 0.0, 9.0)]))) for line in lines]
+    assert "".join(thai) == "กี่" * 40 and all(line.startswith("ก") for line in thai)
+    assert len(parse_cues(WRITERS["srt"](transcript_of([("hello", 0.0, 9.0)])))) == 1, "a word is not cut by its length"
 
 
 def test_srt_is_numbered_and_vtt_has_its_header_and_escapes() -> None:
