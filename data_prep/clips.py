@@ -78,9 +78,8 @@ def store(clip: Clip, path: Path, utterance_id: str, since: float = 0.0) -> Utte
     Returns:
         The clip as an utterance that refers to the file.
     """
-    old_samples = wav_samples(path)
-    is_ours = old_samples is not None and path.stat().st_mtime >= since
-    num_samples = old_samples if old_samples and is_ours else write_wav(*clip.read(), path)
+    is_ours = path.exists() and path.stat().st_mtime >= since
+    num_samples = (wav_samples(path) if is_ours else None) or write_wav(*clip.read(), path)
     duration_s = num_samples / SAMPLING_RATE_HZ
     return Utterance(
         utterance_id, path, 0.0, duration_s, SAMPLING_RATE_HZ, clip.spoken, clip.language, clip.speaker, num_samples

@@ -1,8 +1,8 @@
 """Read any audio file as mono float32 samples.
 
-soundfile reads wav, flac, ogg and opus and seeks to the part that is asked for; PyAV decodes the rest (mp3, m4a, webm,
-mkv, amr, headerless G.722) from the beginning. torch is imported only if a file has to be resampled, so that a
-data-loading worker that reads 16 kHz recordings pays for nothing but the read.
+soundfile reads wav, flac, ogg, opus and parts of mp3, and seeks to the part that is asked for; PyAV decodes the rest
+(mp3 to its end, m4a, webm, mkv, amr, headerless G.722) from the beginning. torch is imported only if a file has to be
+resampled, so that a data-loading worker that reads 16 kHz recordings pays for nothing but the read.
 """
 
 from collections.abc import Iterator

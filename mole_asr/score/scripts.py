@@ -46,7 +46,8 @@ def script_of(character: str) -> str:
     Empty for whatever is no letter, and for signs that go with letters of several scripts: those that lengthen, repeat
     or modify them, and raised ª and º.
     """
-    if unicodedata.category(character)[0] != "L" or unicodedata.category(character) == "Lm" or character in "ªº":
+    category = unicodedata.category(character)
+    if category[0] != "L" or category == "Lm" or character in "ªº":
         return ""
     name = unicodedata.name(character, "").split()
     # "FULLWIDTH LATIN ..." and the like have the script second.
