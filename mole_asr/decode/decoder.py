@@ -25,8 +25,8 @@ LmMode = Literal["rescore", "fusion"]
 # Chosen on the dev split of recipes/prompts5 (lm/results.json there).
 WEIGHTS: dict[LmMode | None, Weights] = {
     None: Weights(),
-    "rescore": Weights(ngram=0.4, lm=0.6, bonus=1.7),
-    "fusion": Weights(ngram=0.4, lm=0.8, bonus=2.1),
+    "rescore": Weights(ngram=0.4, lm=0.2, bonus=0.9),
+    "fusion": Weights(ngram=0.4, lm=0.4, bonus=0.9),
 }
 # Utterances that are searched side by side; more take more memory.
 _TOGETHER = 48
