@@ -32,6 +32,7 @@ VERBS = {
     "prepare voices13": Verb("mole_asr.data_prep.voices13:prepare", "fetch and prepare the thirteen-language corpus"),
     "prepare degraded": Verb("mole_asr.data_prep.degraded:prepare", "a noisy or telephone-band copy of a test set"),
     "prepare synthetic": Verb("mole_asr.data_prep.synthetic:prepare", "train texts read by synthetic voices"),
+    "prepare words": Verb("mole_asr.data_prep.words:prepare", "lists of usual words, for a text decoder"),
     "prepare texts": Verb("mole_asr.data_prep.texts:prepare", "fetch and prepare texts in 78 languages"),
     "tokenizer train": Verb("mole_asr.corpus.text_tokenizer:train_tokenizer", "train a text tokenizer on a manifest"),
     "tokenizer extend": Verb("mole_asr.corpus.text_tokenizer:extend_tokenizer", "add the pieces of a new language"),

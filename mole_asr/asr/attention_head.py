@@ -4,7 +4,7 @@ Letters: B batch, T frames, U tokens, V vocabulary, D model width, R drafts of a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import torch
@@ -96,7 +96,14 @@ class AttentionHead(nn.Module):
         return functional.cross_entropy(logits_NV, targets_BU.to(device)[wanted_BU], label_smoothing=smoothing)
 
     @torch.no_grad()
-    def write(self, memory_BTD: Tensor, lengths_B: Tensor, languages_B: Tensor, beam: int = BEAM) -> list[Written]:
+    def write(
+        self,
+        memory_BTD: Tensor,
+        lengths_B: Tensor,
+        languages_B: Tensor,
+        beam: int = BEAM,
+        words: Callable[[str, int], float] | None = None,
+    ) -> list[Written]:
         """The text of each utterance: a beam search (`TextSearch`), all utterances at once.
 
         A text has at most as many tokens as anybody speaks in its time.
@@ -106,6 +113,8 @@ class AttentionHead(nn.Module):
             lengths_B: int64, its valid frames.
             languages_B: int64, index into the model's languages.
             beam: drafts of an utterance that go on together, from 1 (greedy) to `MAX_DRAFTS`.
+            words: what a text's words say for it, in a language: is added to the logarithm of the probability of its
+                tokens where the drafts that have ended are compared.
 
         Raises:
             MoleError: there is no such beam.
@@ -125,8 +134,17 @@ class AttentionHead(nn.Module):
                 rows = alike[first : first + count]
                 cache = self.decoder.cross_cache(memory_BTD[rows], lengths_B[rows])
                 self._search([searches[row] for row in rows], [prompts[row] for row in rows], cache)
-        best = [search.best for search in searches]
-        return [Written(self.tokenizer.decode(draft.ids).strip(), draft.mean_log_prob) for draft in best]
+        chosen = zip(searches, languages_B.tolist(), strict=True)
+        return [self._best(search, language, words) for search, language in chosen]
+
+    def _best(self, search: TextSearch, language: int, words: Callable[[str, int], float] | None) -> Written:
+        """Of the drafts that have ended."""
+        written = []
+        for draft in search.ended:
+            text, log_prob = self.tokenizer.decode(draft.ids).strip(), draft.mean_log_prob
+            bonus = 0.0 if words is None else words(text, language) / (len(draft.ids) + 1)
+            written.append(Written(text, log_prob, log_prob + bonus))
+        return max(written, key=lambda each: each.score)
 
     def _search(self, searches: list[TextSearch], prompts: list[list[int]], cache: DecoderCache) -> None:
         """Goes on with all searches to their ends."""

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from mole_asr.arguments import check_range
+from mole_asr.asr.losses import ctc_loss
+from mole_asr.asr.pretrained import PretrainedModel
+from mole_asr.corpus.batch import Batch
 from mole_asr.errors import MoleError
 
 # The signs of all tokens stay where the pretraining put them: a small corpus uses few of them.
@@ -34,8 +37,9 @@ class FineTuning:
         warmup_share: share of all steps in which a part's learning rate rises, from where its training begins.
         pretrained_share: how much of the pretrained weights the written model has: each weight that was pretrained is
             the mean, so weighed, of what it was and of what it has become (WiSE-FT, Wortsman et al., CVPR 2022). What
-            was learned of a few voices is kept, and less is forgotten of all others. Validation does not have it; a run
-            that is complete is written anew with another share when it is given again.
+            was learned of a few voices is kept, and less is forgotten of all others. Then the CTC head, which is new,
+            is fitted to what came out, for an epoch. Validation does not have it; a run that is complete is written
+            anew with another share when it is given again.
     """
 
     lr: float = 3e-5
@@ -140,3 +144,25 @@ def blend(model: nn.Module, start: nn.Module, share: float) -> None:
     for name, parameter in model.named_parameters():
         if not is_new(name):
             parameter.lerp_(before[name].to(parameter), share)
+
+
+def fit_ctc_head(model: PretrainedModel, batches: Collection[Batch], lr: float) -> None:
+    """Fits the CTC head to an encoder that `blend` has changed under it; nothing else is trained.
+
+    Args:
+        model: is changed.
+        batches: of the training, on any device.
+        lr: of the first step; a straight line leads to zero behind the last.
+    """
+    model.train().requires_grad_(False)
+    head = model.ctc.requires_grad_(True)
+    optimizer = torch.optim.AdamW(head.parameters(), lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
+    for batch in batches:
+        batch = batch.to(head.linear.weight.device)
+        output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
+        ctc_loss(output.log_probs_BTV, output.lengths_B, batch).backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()

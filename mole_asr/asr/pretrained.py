@@ -22,13 +22,12 @@ from mole_asr.asr.model_files import CONFIG, find_model, read_json
 from mole_asr.asr.pretrained_encoders import TORCHAUDIO, feed_forward_weights, load_pretrained_encoder
 from mole_asr.asr.w2v_bert import W2vBertConfig, W2vBertEncoder
 from mole_asr.asr.wav2vec2 import Wav2Vec2Config, Wav2Vec2Encoder
-from mole_asr.asr.whisper import WhisperConfig, WhisperEncoder, WhisperFeatures
+from mole_asr.asr.whisper import WhisperBlock, WhisperConfig, WhisperEncoder, WhisperFeatures, whisper_frames
 from mole_asr.asr.whisper_checkpoint import load_whisper
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 from mole_asr.audio.read import SAMPLING_RATE_HZ
 from mole_asr.moe.convert import fill_experts
 from mole_asr.moe.parts import PartedLinear, log_softmax
-from mole_asr.moe.rows import PackedRows
 
 # Behind each utterance, for Whisper, which hardly ever heard speech that ends with its window. The model of
 # recipes/whisper_mole's `prompts5` made 60.1 % of errors on new voices, and 53.4 % with silence in recognition alone.
@@ -62,22 +61,35 @@ class PretrainedConfig(MixtureConfig):
     second_hearing: float = 0.5
 
 
-class NormalizedCTCHead(nn.Module):
-    """BatchNorm without parameters over all valid frames, linear, log-softmax; id 0 is the blank.
+class PretrainedCTCHead(nn.Module):
+    """BatchNorm without parameters, an encoder block of its own, linear, log-softmax; id 0 is the blank.
 
     Some channels of a pretrained encoder are hundreds of times as large as others; a head that starts from nothing
-    learns in a minute on normalised ones.
+    learns in a minute on normalised ones. Whisper's encoder tells its decoder what is said, not in which frame; the
+    block finds that out (recipes/whisper_mole says what it brings).
+
+    Args:
+        d_model: D of the encoder.
+        vocab_size: V, blank included.
+        width: of the block.
+        num_heads: of its attention.
     """
 
-    def __init__(self, d_model: int, vocab_size: int) -> None:
+    def __init__(self, d_model: int, vocab_size: int, width: int = 256, num_heads: int = 4) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(d_model, affine=False)
-        self.linear = PartedLinear(d_model, vocab_size)
+        self.num_heads = num_heads
+        self.input_norm = nn.BatchNorm1d(d_model, affine=False)
+        self.input = nn.Linear(d_model, width)
+        self.block = WhisperBlock(width, 4 * width, num_heads)
+        self.norm = nn.LayerNorm(width)
+        self.linear = PartedLinear(width, vocab_size)
 
-    def forward(self, x_BTD: Tensor, rows: PackedRows, newest_B: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, lengths_B: Tensor, newest_B: Tensor | None = None) -> Tensor:
         """log_probs_BTV in float32, of the pieces up to a generation or of all; those of padding mean nothing."""
-        x_ND = self.norm(rows.pack(x_BTD).float())
-        return log_softmax(rows.unpack(self.linear(x_ND)).float(), self.linear.parts, newest_B)
+        frames = whisper_frames(lengths_B, x_BTD.shape[1], self.num_heads)
+        normal_BTD = frames.rows.unpack(self.input_norm(frames.rows.pack(x_BTD).float()))
+        x_BTW = self.norm(self.block(self.input(normal_BTD), frames))
+        return log_softmax(self.linear(x_BTW).float(), self.linear.parts, newest_B)
 
 
 EncoderSizes: TypeAlias = WhisperConfig | Wav2Vec2Config | W2vBertConfig
@@ -148,7 +160,7 @@ class PretrainedModel(nn.Module):
         self.mixture = ExpertMixture(config, self.languages, sizes.d_model)
         for block in list(self.encoder.blocks)[dense:] if config.mixture != "dense" else []:
             block.feed_forward = self.mixture.make_layer(sizes.d_ff, self.encoder.activation)
-        self.ctc = NormalizedCTCHead(sizes.d_model, vocab_size)
+        self.ctc = PretrainedCTCHead(sizes.d_model, vocab_size)
         self.attention_head: AttentionHead | None = None
         if config.attention_head and tokenizer is not None and isinstance(sizes, WhisperConfig):
             self.attention_head = AttentionHead(sizes, tokenizer, self.languages)
@@ -189,9 +201,8 @@ class PretrainedModel(nn.Module):
         speech_B = lengths_B
         if self.features is not None:  # the CTC head does not hear the silence: it would learn to write nothing
             speech_B = -(-audio_lengths_B // round(self.frame_shift_s * SAMPLING_RATE_HZ))
-        speech_rows = PackedRows.from_lengths(speech_B, memory_BTD.shape[1])
         return ModelOutput(
-            log_probs_BTV=self.ctc(memory_BTD, speech_rows, decision.newest_B),
+            log_probs_BTV=self.ctc(memory_BTD, speech_B, decision.newest_B),
             lengths_B=speech_B,
             decision=decision,
             frames=frames,

@@ -14,10 +14,17 @@ LOOP_COPIES, LOOP_TOKENS = 3, 8
 
 
 class Written(NamedTuple):
-    """A text, and the mean logarithm of the probability of its tokens, the end sign's too."""
+    """A text.
+
+    Attributes:
+        text: what was written.
+        log_prob: mean logarithm of the probability of its tokens, the end sign's too.
+        score: the same, with what its words say for it.
+    """
 
     text: str
     log_prob: float
+    score: float
 
 
 def cut_loop(ids: list[int]) -> bool:
@@ -64,8 +71,8 @@ class TextSearch:
     """The drafts of one utterance.
 
     A draft ends with the end sign, or where it repeats itself (`cut_loop`); all do at the limit. The search is over
-    when as many have ended as may go on (Sutskever et al., 2014, section 3.2), or fewer than that are left; the best
-    has the highest mean log-probability, which favours neither short nor long texts.
+    when as many have ended as may go on (Sutskever et al., 2014, section 3.2), or fewer than that are left. The best
+    is to be the one of the highest mean log-probability, which favours neither short nor long texts.
 
     Args:
         beam: drafts that go on together; with 1 the search is greedy.
@@ -74,12 +81,13 @@ class TextSearch:
 
     Attributes:
         drafts: those that go on, the likeliest first.
+        ended: those that have ended.
     """
 
     def __init__(self, beam: int, limit: int, end_id: int) -> None:
         self.beam, self.limit, self.end_id = beam, limit, end_id
         self.drafts = [Draft([], [], [])]
-        self._ended: list[Draft] = []
+        self.ended: list[Draft] = []
 
     def step(
         self,
@@ -100,7 +108,7 @@ class TextSearch:
         for draft, end_log_prob in zip(self.drafts, end_log_probs_K, strict=True):
             draft.end_log_probs.append(end_log_prob)
         if len(self.drafts[0].ids) == self.limit:
-            self._ended += self.drafts
+            self.ended += self.drafts
             return []
         totals_K = [sum(draft.log_probs) for draft in self.drafts]
         candidates = [
@@ -113,20 +121,15 @@ class TextSearch:
         for _, place, token, log_prob in sorted(candidates, key=lambda each: -each[0]):
             draft = self.drafts[place]
             if token == self.end_id:
-                self._ended.append(draft)
+                self.ended.append(draft)
             elif cut_loop((longer := draft.longer(token, log_prob)).ids):
-                self._ended.append(longer)
+                self.ended.append(longer)
             else:
                 going.append(longer)
                 parents.append(place)
-            if len(going) == self.beam or len(self._ended) == self.beam:
+            if len(going) == self.beam or len(self.ended) == self.beam:
                 break
-        if len(self._ended) == self.beam or len(going) < self.beam:
+        if len(self.ended) == self.beam or len(going) < self.beam:
             return []
         self.drafts = going
         return parents
-
-    @property
-    def best(self) -> Draft:
-        """Of those that have ended."""
-        return max(self._ended, key=lambda draft: draft.mean_log_prob)

@@ -178,6 +178,10 @@ class SpeechDataModule(LightningDataModule):
         """Batches of the current epoch that are still to come."""
         return self._loader("train", self.batch_seconds, lambda: place_of(self.trainer), temperature=self.temperature)
 
+    def training_epoch(self, epoch: int) -> PlanLoader:
+        """All training batches of an epoch."""
+        return self._loader("train", self.batch_seconds, lambda: (epoch, 0), temperature=self.temperature)
+
     def val_dataloader(self) -> PlanLoader:
         """All validation batches, longest first, the same every time."""
         return self._loader("valid", self.valid_batch_seconds, lambda: (0, 0), shuffle=False)

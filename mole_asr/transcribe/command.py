@@ -58,6 +58,7 @@ def transcribe(
     beam: int | None = None,
     head: Literal["attention", "ctc"] | None = None,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    words: str | None = None,
     lm: str | None = None,
     lm_mode: Literal["rescore", "fusion"] = "rescore",
     lm_weight: float | None = None,
@@ -85,6 +86,7 @@ def transcribe(
             (default: `asr.text_search.BEAM`); 0 or 1 decodes greedily.
         head: which head of the model writes, where it has two: attention (the default) or ctc, which is faster.
         precision: 32-true, or bf16-mixed, which is faster where the processor has bfloat16 products.
+        words: folder of word lists (`mole-asr prepare words`), which help the attention head choose among its drafts.
         lm: folder of a language model (`mole-asr fit --config conf/text/...`) that helps the CTC head.
         lm_mode: rescore (any language model: the texts that the search has found get a new order) or fusion (one that
             was trained with the recogniser's tokenizer: it scores within the search).
@@ -112,11 +114,8 @@ def transcribe(
     if lm is None and (lm_weight is not None or lm_mode != "rescore"):
         raise MoleError("--lm-weight, --lm-mode: of which language model? give --lm FOLDER too")
     transcriber = load(model)
-    if beam is not None:
-        transcriber.choose_beam(beam)
     transcriber.precision = precision
-    if head is not None:
-        transcriber.choose_head(head)
+    _choose(transcriber, beam, head, words)
     if lm is not None:
         transcriber.use_language_model(lm, lm_mode)
     transcriber.choose_weights(weights)
@@ -129,6 +128,18 @@ def transcribe(
         total.add(_transcribe_manifest(transcriber, manifest, path, language, batch_seconds))
     _print_summary(total)
     return total
+
+
+def _choose(
+    transcriber: "Transcriber", beam: int | None, head: Literal["attention", "ctc"] | None, words: str | None
+) -> None:
+    """What is given of these."""
+    if beam is not None:
+        transcriber.choose_beam(beam)
+    if head is not None:
+        transcriber.choose_head(head)
+    if words is not None:
+        transcriber.use_words(words)
 
 
 def _weights(ngram: float | None, lm: float | None, bonus: float | None) -> dict[str, float]:

@@ -22,6 +22,8 @@ from mole_asr.decode.alignment import Tokenizer, align_words
 from mole_asr.decode.decoder import CtcDecoder, LmMode
 from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams
 from mole_asr.decode.word import Word
+from mole_asr.decode.words import WEIGHT as WORD_WEIGHT
+from mole_asr.decode.words import WordList, load_words
 from mole_asr.errors import MoleError
 from mole_asr.transcribe.transcript import Segment, Transcript
 
@@ -58,12 +60,14 @@ class _Heard:
         reliability: of the language.
         language_probabilities_N: the posterior.
         log_prob: of the text, a mean over tokens, where the attention head wrote it.
+        score: the same, with what its words say for it, where their language has a word list.
     """
 
     words: list[Word]
     reliability: float
     language_probabilities_N: np.ndarray
     log_prob: float = 0.0
+    score: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -116,6 +120,7 @@ class Transcriber:
         max_seconds: recordings longer than this are cut at their pauses.
         decoder: of the CTC head: its n-grams, its beam, its weights.
         text_beam: drafts that the text decoder keeps; 1 is greedy.
+        words: word lists by language: they help the attention head choose among its drafts, and among languages.
         head: "attention" writes with the text decoder of a model that has one, "ctc" with the CTC head alone.
         precision: "32-true", or "bf16-mixed": faster where the processor has bfloat16 products.
         failures: (id, reason) of each input of the last call that could not be read and was skipped.
@@ -135,6 +140,7 @@ class Transcriber:
         self.max_seconds = max_seconds
         self.decoder = CtcDecoder(tokenizer, ngrams or {})
         self.text_beam = BEAM
+        self.words: dict[str, WordList] = {}
         self.head: Head = "ctc" if model.attention_head is None else "attention"
         self.precision: Precision = "32-true"
         self.failures: list[tuple[str, str]] = []
@@ -219,6 +225,21 @@ class Transcriber:
             raise MoleError("lm: needs a search; give a --beam above 0, or leave it out")
         self.decoder.use(folder, mode, self.device)
 
+    def use_words(self, folder: str | Path) -> None:
+        """Lets word lists help the attention head.
+
+        Args:
+            folder: of the lists, `xx.tsv` a language (see `decode/words.py`).
+
+        Raises:
+            MoleError: there is none of a language of the model, or the attention head does not write.
+        """
+        if self.head != "attention":
+            raise MoleError("words: serve the attention head; leave --head ctc out, or give --lm for it")
+        self.words = load_words(folder)
+        if not self.words.keys() & set(self.model.languages):
+            raise MoleError(f"{folder}: no word list of {', '.join(self.model.languages)}")
+
     def _language_id(self, language: str) -> int:
         known = list(self.model.languages)
         if language in known:
@@ -274,7 +295,7 @@ class Transcriber:
         """Listens once more in each of the likeliest languages of a piece; the likeliest text tells which it is.
 
         A posterior p becomes p x exp(`_TEXT_WEIGHT` x log-probability of the text a token), among these languages;
-        that of the language chosen is the reliability.
+        that of the language chosen is the reliability. Words have a say where each of the languages has a list.
         """
         order_BC = (-posterior_BN).argsort(axis=1, kind="stable")[:, :_CANDIDATES]
         heard_CB = [self._listen(batch, languages.tolist()) for languages in order_BC.T]
@@ -282,7 +303,9 @@ class Transcriber:
             prior_BC = np.log(np.take_along_axis(posterior_BN, order_BC, axis=1))
         for row, piece in enumerate(batch):
             candidates = [heard_B[row] for heard_B in heard_CB]
-            score_C = prior_BC[row] + _TEXT_WEIGHT * np.array([each.log_prob for each in candidates])
+            listed = all(self.model.languages[language] in self.words for language in order_BC[row])
+            said_C = np.array([each.score if listed else each.log_prob for each in candidates])
+            score_C = prior_BC[row] + _TEXT_WEIGHT * said_C
             share_C = np.exp(score_C - score_C.max())
             after_N = posterior_BN[row].copy()
             after_N[order_BC[row]] = after_N[order_BC[row]].sum() * share_C / share_C.sum()
@@ -310,18 +333,26 @@ class Transcriber:
         else:
             said = [each.text for each in written]
         words = [self._align(*each) for each in zip(log_probs, said, strict=True)]
-        scores = [0.0 if written is None else written[row].log_prob for row in range(len(batch))]
-        facts = zip(words, output.reliability_B.tolist(), probabilities_BN.numpy(), scores, strict=True)
-        return [_Heard(*each) for each in facts]
+        facts = zip(words, output.reliability_B.tolist(), probabilities_BN.numpy(), strict=True)
+        heard = [_Heard(*each) for each in facts]
+        for each, text in zip(heard, written or [], strict=False):
+            each.log_prob, each.score = text.log_prob, text.score
+        return heard
 
     def _write(self, output: "ModelOutput", languages_B: Tensor) -> "list[Written] | None":
         """The texts that the attention head writes; None where the CTC head is to do it."""
         head = self.model.attention_head
         if self.head == "ctc" or head is None or output.memory_BTD is None:
             return None
-        written = head.write(output.memory_BTD, output.frames.lengths_B, languages_B, self.text_beam)
+        words = self._weigh_words if self.words else None
+        written = head.write(output.memory_BTD, output.frames.lengths_B, languages_B, self.text_beam, words)
         codes = [self.model.languages[language] for language in languages_B.tolist()]
         return [each._replace(text=normalize(each.text, code)) for each, code in zip(written, codes, strict=True)]
+
+    def _weigh_words(self, text: str, language: int) -> float:
+        """What the words of a text say for it; nothing where there is no list of the language."""
+        words = self.words.get(self.model.languages[language])
+        return 0.0 if words is None else WORD_WEIGHT * words.log_prob(text)
 
     def _align(self, log_probs_TV: Tensor, said: list[int] | str) -> list[Word]:
         """Words and their times, of token ids or of a text."""

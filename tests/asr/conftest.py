@@ -12,6 +12,7 @@ import torch
 from mole_asr.asr.checkpoint import load_model
 from mole_asr.asr.fit import fit
 from mole_asr.asr.model import EncoderConfig, MoleModel
+from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel, from_checkpoint
 from mole_asr.corpus.batch import Batch, Example, collate
 from mole_asr.corpus.manifest import Utterance, write_manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer, train_tokenizer
@@ -205,6 +206,21 @@ def command(tones: Path, tokenizer_folder: Path, tmp_path: Path) -> Callable[...
         return [f"--{key}={value}" for key, value in keys.items()]
 
     return words
+
+
+def build_on_whisper(folder: Path, tokenizer: TextTokenizer, **changes: Any) -> PretrainedModel:
+    """A model on a tiny Whisper; `changes` are of its `PretrainedConfig`."""
+    torch.manual_seed(0)
+    switches = {"checkpoint": str(folder), "num_mole_blocks": 1, "language_tokenizer_block": 1, **changes}
+    return from_checkpoint(PretrainedConfig(**switches), LANGUAGES, tokenizer.vocab_size)
+
+
+def attention_loss(model: PretrainedModel, batch: Batch, smoothing: float = 0.1) -> torch.Tensor:
+    """The loss of its attention head."""
+    output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
+    assert model.attention_head is not None and output.memory_BTD is not None
+    arguments = output.memory_BTD, output.frames.lengths_B, batch.texts, batch.languages_B
+    return model.attention_head.loss(*arguments, smoothing=smoothing)
 
 
 @pytest.fixture

@@ -33,7 +33,9 @@ def test_the_written_model_is_brought_back_towards_the_pretrained_one(
     start = from_checkpoint(model.config, model.languages, model.ctc.linear.out_features).state_dict()
     moved = set()
     for name, value in learned.items():
-        if is_new(name):
+        if name.startswith("ctc."):  # it is fitted anew
+            assert not torch.equal(blended[name], value)
+        elif is_new(name):
             assert torch.equal(blended[name], value)
         else:
             torch.testing.assert_close(blended[name], value.lerp(start[name], 0.25))

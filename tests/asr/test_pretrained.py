@@ -3,12 +3,10 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,7 +14,7 @@ from mole_asr.asr import attention_head
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.fine_tuning import FineTuning, choose_trained, fine_tuning_optimizer
 from mole_asr.asr.losses import losses
-from mole_asr.asr.pretrained import SILENCE_S, PretrainedConfig, PretrainedModel, from_checkpoint
+from mole_asr.asr.pretrained import SILENCE_S, PretrainedModel
 from mole_asr.asr.pretrained_encoders import load_pretrained_encoder
 from mole_asr.asr.task import MoleTask
 from mole_asr.asr.whisper import WhisperEncoder, WhisperFeatures
@@ -28,26 +26,12 @@ from mole_asr.transcribe import transcriber
 from mole_asr.transcribe.transcriber import Transcriber
 from tests.asr.test_text_search import search
 
-from .conftest import LANGUAGES
-
-
-def build(folder: Path, tokenizer: TextTokenizer, **changes: Any) -> PretrainedModel:
-    torch.manual_seed(0)
-    switches = {"checkpoint": str(folder), "num_mole_blocks": 1, "language_tokenizer_block": 1, **changes}
-    config = PretrainedConfig(**switches)
-    return from_checkpoint(config, LANGUAGES, tokenizer.vocab_size)
+from .conftest import LANGUAGES, attention_loss, build_on_whisper
 
 
 @pytest.fixture
 def model(whisper_folder: Path, tokenizer: TextTokenizer) -> PretrainedModel:
-    return build(whisper_folder, tokenizer)
-
-
-def attention_loss(model: PretrainedModel, batch: Batch, smoothing: float = 0.1) -> Tensor:
-    output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
-    assert model.attention_head is not None and output.memory_BTD is not None
-    arguments = output.memory_BTD, output.frames.lengths_B, batch.texts, batch.languages_B
-    return model.attention_head.loss(*arguments, smoothing=smoothing)
+    return build_on_whisper(whisper_folder, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +53,7 @@ def attention_loss(model: PretrainedModel, batch: Batch, smoothing: float = 0.1)
 def test_training_starts_from_whispers_own_function(
     whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch, switches: dict[str, Any]
 ) -> None:
-    model = build(whisper_folder, tokenizer, **switches).eval()
+    model = build_on_whisper(whisper_folder, tokenizer, **switches).eval()
     checkpoint = load_whisper(whisper_folder)
     whisper = WhisperEncoder(checkpoint.config).eval()
     whisper.load_state_dict(checkpoint.encoder)
@@ -128,7 +112,8 @@ def test_the_decoder_is_asked_for_the_language_where_none_is_given(
     whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch, routing_unit: str
 ) -> None:
     asking, plain = (
-        build(whisper_folder, tokenizer, second_hearing=weight, routing_unit=routing_unit).eval() for weight in (3.0, 0)
+        build_on_whisper(whisper_folder, tokenizer, second_hearing=weight, routing_unit=routing_unit).eval()
+        for weight in (3.0, 0)
     )
     for model in (asking, plain):  # experts that differ, so that the language tells
         for n, parameter in enumerate(model.encoder.blocks[-1].feed_forward.moe.experts.parameters()):
@@ -245,6 +230,47 @@ def test_search_equals_recomputing_everything(model: PretrainedModel, batch: Bat
             assert texts[row].log_prob == pytest.approx(mean, abs=1e-4)
 
 
+def test_words_choose_among_the_drafts(model: PretrainedModel, batch: Batch) -> None:
+    head = model.eval().attention_head
+    assert head is not None
+    with torch.inference_mode():
+        output = model(batch.audio_BS, batch.audio_lengths_B)
+        assert output.memory_BTD is not None
+        inputs = output.memory_BTD, output.frames.lengths_B, batch.languages_B
+        plain = head.write(*inputs, beam=4)
+        assert all(each.score == each.log_prob for each in plain)
+        unwanted = {(each.text, language) for each, language in zip(plain, batch.languages_B.tolist(), strict=True)}
+        other = head.write(*inputs, beam=4, words=lambda text, language: -1e3 * ((text, language) in unwanted))
+    for before, after in zip(plain, other, strict=True):
+        assert after.text != before.text and after.score == after.log_prob <= before.log_prob
+
+
+def test_word_lists_have_a_say_among_drafts_and_languages(
+    model: PretrainedModel, tokenizer: TextTokenizer, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.eval()
+    model.config = replace(model.config, second_hearing=0.0)
+    monkeypatch.setattr(transcriber, "_SURE", 1.1)
+    monkeypatch.setattr(transcriber, "WORD_WEIGHT", 100.0)
+    listener, wave = Transcriber(model, tokenizer), batch.audio_BS[0].numpy()
+    first, *others = {code: next(iter(listener.transcribe(wave, language=code))).text for code in LANGUAGES}.items()
+    rare = "\n".join(f"{word}\t1" for word in ["x", *first[1].split()]) + "\n"
+    for code in LANGUAGES:
+        (tmp_path / f"{code}.tsv").write_text(rare if code == first[0] else "x\t1\n", "utf-8")
+    listener.use_words(tmp_path)
+    (heard,) = listener.transcribe(wave)
+    assert (heard.language, heard.text) == first, "in this language alone, what is heard are words"
+    (tmp_path / f"{others[0][0]}.tsv").unlink()
+    listener.use_words(tmp_path)
+    (without,) = listener.transcribe(wave)
+    listener.words = {}
+    (plain,) = listener.transcribe(wave)
+    assert without.language == plain.language, "languages are not compared by words where one has no list"
+    with pytest.raises(MoleError, match="serve the attention head"):
+        listener.choose_head("ctc")
+        listener.use_words(tmp_path)
+
+
 def test_no_more_drafts_at_once_than_memory_allows(
     model: PretrainedModel, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,50 +290,14 @@ def test_no_more_drafts_at_once_than_memory_allows(
                 head.write(*inputs, beam=beam)
 
 
-def test_stages_and_frozen_parts(model: PretrainedModel, batch: Batch) -> None:
-    config = FineTuning(lr=1e-2, frozen_blocks=1, new_lr=1e-2, new_parts_share=0.5, weight_decay=0.1)
-    optimizer, schedule = fine_tuning_optimizer(model, 2, config, steps=4)
-    changed: list[set[str]] = []
-    for step in range(4):
-        before = {name: value.clone() for name, value in model.named_parameters()}
-        new_only = choose_trained(model, 2, config, step, steps=4)
-        output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
-        total = sum(losses(output, batch).values(), torch.zeros(()))
-        if not new_only:
-            total = total + attention_loss(model, batch)
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        schedule.step()
-        changed.append({name for name, value in model.named_parameters() if not torch.equal(value, before[name])})
-        assert new_only == (step < 2)
-    assert {name.split(".")[0] for name in changed[0]} == {"mixture", "ctc"}
-    later = {name for names in changed[2:] for name in names}
-    assert any(name.startswith("encoder.blocks.1.feed_forward.moe.experts.w1") for name in later)
-    assert any(name.startswith("attention_head.decoder.blocks.0") for name in later)
-    still = ("encoder.stem.", "encoder.blocks.0.", "attention_head.decoder.embedding.")
-    assert not [name for name in later if name.startswith(still)]
-
-
-def test_learning_rates_fall_from_the_top() -> None:
-    config = FineTuning(lr=1.0, layer_decay=0.5, new_lr=7.0)
-    names = ["ctc.linear.weight", "encoder.norm.weight", "encoder.blocks.2.x", "encoder.blocks.0.x", "encoder.stem.x"]
-    assert [config.rate(name, 3) for name in names] == [7.0, 1.0, 1.0, 0.25, 0.125]
-    assert config.rate("encoder.blocks.2.feed_forward.moe.router.scores.weight", 3) == 7.0, "starts from nothing"
-    frozen = FineTuning(frozen_blocks=1, layer_decay=1.0)
-    names = [*names, "attention_head.decoder.norm.weight", "attention_head.decoder.embedding.weight"]
-    assert [frozen.rate(name, 3) > 0 for name in names] == [True, True, True, False, False, True, False]
-    assert FineTuning(frozen_blocks=99).rate("attention_head.decoder.norm.weight", 3) > 0, "no encoder block"
-    assert FineTuning().rate("encoder.stem.first.weight", 3) > 0
-    assert [config.scale(step, 100, new=False) > 0 for step in (9, 10)] == [False, True]
-
-
 def test_it_learns_a_few_utterances_by_heart(whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch) -> None:
-    model = build(whisper_folder, tokenizer, second_hearing=0.0)  # the decoder's signs are random here, and stay so
+    model = build_on_whisper(
+        whisper_folder, tokenizer, second_hearing=0.0
+    )  # the decoder's signs are random here, and stay so
     # Noise of one length and level, in two languages: nothing tells the second and the last apart.
     batch.audio_lengths_B[3] = 8000
     batch.audio_BS[3, 8000:] = 0
-    optimizer, schedule = fine_tuning_optimizer(model, 2, FineTuning(lr=3e-3, new_lr=1e-2, new_parts_share=0), steps=90)
+    optimizer, schedule = fine_tuning_optimizer(model, 2, FineTuning(lr=3e-3, new_lr=3e-3, new_parts_share=0), steps=90)
     choose_trained(model, 2, FineTuning(new_parts_share=0), 1, 2)
     for _ in range(90):
         output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
@@ -336,7 +326,7 @@ def test_it_learns_a_few_utterances_by_heart(whisper_folder: Path, tokenizer: Te
 
 
 def test_without_an_attention_head(whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch) -> None:
-    model = build(whisper_folder, tokenizer, attention_head=False)
+    model = build_on_whisper(whisper_folder, tokenizer, attention_head=False)
     assert not any("decoder" in name for name, _ in model.named_parameters())
     transcriber = Transcriber(model.eval(), tokenizer)
     with pytest.raises(MoleError, match="has no attention head"):
@@ -344,33 +334,10 @@ def test_without_an_attention_head(whisper_folder: Path, tokenizer: TextTokenize
     list(transcriber.transcribe(batch.audio_BS[0].numpy()))
 
 
-def test_trainers_that_cannot_fine_tune_are_refused(
-    whisper_folder: Path, tokenizer_folder: Path, tokenizer: TextTokenizer
-) -> None:
-    config = build(whisper_folder, tokenizer).config
-    task = MoleTask(str(tokenizer_folder), LANGUAGES, pretrained=config)
-    good: dict[str, Any] = {
-        "datamodule": SimpleNamespace(max_seconds=20.0, augment=None),
-        "strategy": DDPStrategy(find_unused_parameters=True),
-        "precision": "bf16-mixed",
-    }
-    trainer: Any = SimpleNamespace(**good)
-    task._trainer = trainer
-    task.on_fit_start()
-    for key, value, message in (
-        ("strategy", DDPStrategy(), r"trainer\.strategy: .*ddp_find_unused_parameters_true"),
-        ("precision", "16-mixed", r"trainer\.precision: .*bf16-mixed"),
-    ):
-        trainer = SimpleNamespace(**{**good, key: value})
-        task._trainer = trainer
-        with pytest.raises(MoleError, match=message):
-            task.on_fit_start()
-
-
 @pytest.mark.parametrize("name", ["wav2vec2", "w2v_bert"])
 def test_on_other_encoders(name: str, tokenizer: TextTokenizer, batch: Batch, tmp_path: Path) -> None:
     source = _other_encoder(name, tmp_path / "source")
-    model = build(source, tokenizer).eval()
+    model = build_on_whisper(source, tokenizer).eval()
     plain = load_pretrained_encoder(source)
     with torch.inference_mode():
         output = model(batch.audio_BS, batch.audio_lengths_B)
@@ -419,7 +386,7 @@ def test_sizes_that_the_checkpoint_has_not(
     whisper_folder: Path, tokenizer: TextTokenizer, switches: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(MoleError, match=rf"^model\.pretrained\.{message}"):
-        build(whisper_folder, tokenizer, **switches)
+        build_on_whisper(whisper_folder, tokenizer, **switches)
 
 
 def test_a_trained_model_to_start_from_is_not_passed_over(

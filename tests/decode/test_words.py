@@ -1,0 +1,51 @@
+import math
+from pathlib import Path
+
+import pytest
+
+from mole_asr.decode.words import WordList, load_words
+from mole_asr.errors import MoleError
+
+
+def test_usual_words_are_likelier_and_no_words_are_not_likely_at_all() -> None:
+    words = WordList("fr", {"un": 6.0, "escargot": 3.0, "l'eau": 1.0})
+    assert words.log_prob("Un escargot!") == pytest.approx(math.log(0.6) + math.log(0.3))
+    assert words.log_prob("l’eau") == pytest.approx(math.log(0.1))
+    assert words.log_prob("") == 0
+    unknown = words.log_prob("escarbo")
+    assert unknown < -18 and words.log_prob("escarbots") < unknown, "longer ones are less likely"
+
+
+def test_words_count_without_their_accents_too() -> None:
+    """The Spanish prompts are written without them."""
+    words = WordList("es", {"avión": 3.0, "sí": 2.0, "si": 5.0})
+    assert words.log_prob("avion") == words.log_prob("avión") == pytest.approx(math.log(0.3))
+    assert words.log_prob("si") == pytest.approx(math.log(0.7)), "it may be either"
+    assert words.log_prob("sí") == pytest.approx(math.log(0.2))
+
+
+def test_lists_are_read_by_language(tmp_path: Path) -> None:
+    (tmp_path / "fr.tsv").write_text("escargot\t0.5\nun\t1e0\nescargot\t0.5\n", "utf-8")
+    (tmp_path / "ru.tsv").write_text("лимон\t3\n", "utf-8")
+    lists = load_words(tmp_path)
+    assert {code: len(each) for code, each in lists.items()} == {"fr": 2, "ru": 1}
+    assert lists["fr"].log_prob("escargot") == pytest.approx(math.log(0.5))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"un\t1\nescargot\n", r"fr\.tsv, line 2: 'escargot' is not a word, a tab"),
+        (b"un\t0\n", r"fr\.tsv, line 1: 'un\\t0' is not"),
+        (b"un\tnan\n", r"fr\.tsv, line 1"),
+        (b"\t1\n", r"fr\.tsv, line 1"),
+        (b"", r"fr\.tsv: is empty"),
+        (b"\xff\xfe", r"fr\.tsv: cannot be read as UTF-8"),
+        (None, r"no word list \(xx\.tsv\) there; `mole-asr prepare words "),
+    ],
+)
+def test_what_is_no_list(tmp_path: Path, text: bytes | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "fr.tsv").write_bytes(text)
+    with pytest.raises(MoleError, match=message):
+        load_words(tmp_path)
