@@ -19,7 +19,7 @@ from mole_asr.bench.whisper import whisper
 from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.subset import hours_of
 from mole_asr.corpus.text_tokenizer import train_tokenizer
-from mole_asr.data_prep import voices13
+from mole_asr.data_prep import voices13, words
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 from mole_asr.score.figures import language_rows
@@ -31,7 +31,10 @@ from mole_asr.transcribe.command import TranscribeResult, transcribe
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CONFIG = ROOT / "conf/asr/whisper_mole.yaml"
-HEADS = ("attention", "ctc", "attention-given")
+# A head of a model of ours, and with what it is helped: word lists, the language given.
+HEADS = ("attention", "attention-words", "ctc", "attention-given", "attention-given-words")
+# Languages of voices13 that word lists can be had of: all but Belarusian.
+LISTED = ("bg", "ca", "cs", "da", "el", "en", "es", "fr", "it", "nl", "ro", "ru")
 PEERS = tuple(f"whisper-{kind}-{told}" for kind in ("int8", "float32") for told in ("given", "detected"))
 IDENTIFICATION = ("language_id_accuracy", "ece", "reliability_right", "reliability_wrong")
 FOLD_ACCENTS = ("es",)  # the Spanish prompts are written without them
@@ -111,6 +114,11 @@ class Places:
     runs: Path
     whisper: str
 
+    @property
+    def words(self) -> Path:
+        """The word lists."""
+        return self.runs / "words"
+
     def test(self, name: str) -> Path:
         """The manifest of a part or a test set."""
         return self.runs / "tests" / f"{name.replace(' ', '_')}.jsonl"
@@ -125,7 +133,7 @@ def select(manifest: Path, output: Path, part: Part) -> Path:
 
 
 def prepare(places: Places, source: str | None) -> None:
-    """Corpus, text tokenizer, training and test manifests, where they are missing."""
+    """Corpus, text tokenizer, word lists, training and test manifests, where they are missing."""
     if not (places.data / "cuts_train.jsonl").exists():
         voices13.prepare(str(places.data), source=source)
     for name, training in TRAININGS.items():
@@ -135,6 +143,8 @@ def prepare(places: Places, source: str | None) -> None:
         tokenizer = places.runs / name / "tokenizer"
         if not tokenizer.exists():
             train_tokenizer(places.runs / name / "train.jsonl", tokenizer, model_type="char", byte_fallback=False)
+    if not all((places.words / f"{code}.tsv").exists() for code in LISTED):
+        words.prepare(places.words, languages=LISTED)
     for name, part in PARTS.items():
         select(places.data / f"cuts_{part.split}.jsonl", places.test(name), part)
     for name, test in TESTS.items():
@@ -143,7 +153,7 @@ def prepare(places: Places, source: str | None) -> None:
             write_manifest((each for each in chosen if each.duration_s >= test.min_seconds), places.test(name))
 
 
-def train_model(name: str, places: Places, words: list[str]) -> None:
+def train_model(name: str, places: Places, fit_words: list[str]) -> None:
     """Trains a model, or goes on with its training, or does nothing where it is done."""
     folder, training = places.runs / name, TRAININGS[name]
     train(
@@ -158,7 +168,7 @@ def train_model(name: str, places: Places, words: list[str]) -> None:
             f"--model.fine_tuning.pretrained_share={training.pretrained_share}",
             f"--trainer.max_epochs={training.epochs}",
         ],
-        words,
+        fit_words,
     )
 
 
@@ -169,12 +179,14 @@ def hear(system: str, test: Path, output: Path, places: Places) -> TranscribeRes
         told: Any
         _, kind, told = system.split("-")
         return whisper(str(test), str(output), model=places.whisper, compute_type=kind, language=told)
-    name, chosen, *given = system.split("-")
+    name, chosen, *helped = system.split("-")
     head: Any = chosen
     options: dict[str, Any] = {"model": str(places.runs / name / "model"), "head": head, "precision": "bf16-mixed"}
     if chosen == "ctc":
         options["beam"] = 0
-    if given:
+    if "words" in helped:
+        options["words"] = str(places.words)
+    if "given" in helped:
         return transcribe_told(test, output, **options)
     return transcribe([str(test)], output=str(output), **options)
 
@@ -195,7 +207,7 @@ def measure(system: str, test_set: str, places: Places, results: ResultFile) -> 
     trained_on = places.runs / system.partition("-")[0] / "train.jsonl"
     hours = {} if system in PEERS else {code: round(each, 3) for code, each in hours_of(trained_on).items()}
     # Who was told the language has identified none.
-    untold: dict[str, Any] = dict.fromkeys(IDENTIFICATION) if system.endswith("-given") else {}
+    untold: dict[str, Any] = dict.fromkeys(IDENTIFICATION) if "given" in system.split("-") else {}
     rows = [facts | row | untold | {"train_hours": hours.get(row["language"])} for row in language_rows(report)]
     results.add(rows)
     print(f"{system} on {test_set}: macro WER {report.macro.wer:.1f} %", flush=True)
@@ -236,7 +248,7 @@ def measure_speed(
     results.add([row | {"date": date.today().isoformat()} for row in rows])
 
 
-def main(words: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs the command; arguments that it does not know go to `mole-asr fit`.
 
     Returns:
@@ -252,7 +264,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=HERE, help="folder of results.json (%(default)s)")
     parser.add_argument("--speed", action="store_true", help="only time all systems, on a machine that is not in use")
     parser.add_argument("--table", action="store_true", help="only write the tables into README.md, and the pictures")
-    options, fit_words = parser.parse_known_args(words)
+    options, fit_words = parser.parse_known_args(arguments)
     try:
         results = ResultFile(options.results / "results.json", ("system", "test_set"))
         if not options.table:

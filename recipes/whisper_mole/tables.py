@@ -9,11 +9,15 @@ from mole_asr.score.results import ResultFile, Row, macro
 REFERENCE = "whisper-int8-given"
 TITLES = {
     "voices13-attention": "MoLE on Whisper base, text decoder",
+    "voices13-attention-words": "the same, with word lists",
     "voices13-ctc": "the same, CTC head",
     "voices13-attention-given": "the same, text decoder, language given",
+    "voices13-attention-given-words": "the same, with word lists",
     "prompts5-attention": "trained on `prompts5` alone, text decoder",
+    "prompts5-attention-words": "the same, with word lists",
     "prompts5-ctc": "the same, CTC head",
     "prompts5-attention-given": "the same, text decoder, language given",
+    "prompts5-attention-given-words": "the same, with word lists",
     "whisper-int8-given": "Whisper base int8, language given",
     "whisper-int8-detected": "Whisper base int8, language detected",
     "whisper-float32-given": "Whisper base float32, language given",

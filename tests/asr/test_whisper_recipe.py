@@ -68,7 +68,7 @@ def test_the_whole_command(recipe: ModuleType, data: Path, tmp_path: Path, whisp
     rows: list[dict[str, Any]] = json.loads((tmp_path / "results.json").read_text())
     sets = {"prompts5": 8, "unseen": 12, "unseen over 2 s": 6}  # the rest of voices13 is in languages it does not know
     assert {(row["system"], row["test_set"]) for row in rows} == {
-        (system, name) for system in ("prompts5-attention", "prompts5-ctc", "prompts5-attention-given") for name in sets
+        (f"prompts5-{head}", name) for head in recipe.HEADS for name in sets
     }
     for row in rows:
         if row["language"] == "all":
