@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mole_asr.asr.text_search import BEAM, TextSearch, Written
+from mole_asr.asr.text_search import BEAM, Prior, TextSearch, Written, no_prior
 from mole_asr.asr.whisper import WhisperConfig
 from mole_asr.asr.whisper_decoder import DecoderCache, WhisperDecoder
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
@@ -102,7 +102,7 @@ class AttentionHead(nn.Module):
         lengths_B: Tensor,
         languages_B: Tensor,
         beam: int = BEAM,
-        words: Callable[[str, int], float] | None = None,
+        words: Callable[[str, int, bool], float] | None = None,
     ) -> list[Written]:
         """The text of each utterance: a beam search (`TextSearch`), all utterances at once.
 
@@ -113,8 +113,7 @@ class AttentionHead(nn.Module):
             lengths_B: int64, its valid frames.
             languages_B: int64, index into the model's languages.
             beam: drafts of an utterance that go on together, from 1 (greedy) to `MAX_DRAFTS`.
-            words: what a text's words say for it, in a language: is added to the logarithm of the probability of its
-                tokens where the drafts that have ended are compared.
+            words: what a text's words say for it, in a language, and whether it is whole; see `TextSearch.prior`.
 
         Raises:
             MoleError: there is no such beam.
@@ -122,7 +121,10 @@ class AttentionHead(nn.Module):
         if not 1 <= beam <= MAX_DRAFTS:
             raise MoleError(f"beam {beam}: must be from 1 to {MAX_DRAFTS}")
         limits = (lengths_B // FRAMES_PER_TOKEN + SPARE_TOKENS).clamp(max=self.max_tokens - 4).tolist()
-        searches = [TextSearch(beam, limit, self.tokenizer.end_id) for limit in limits]
+        searches = [
+            TextSearch(beam, limit, self.tokenizer.end_id, self._prior(words, language))
+            for limit, language in zip(limits, languages_B.tolist(), strict=True)
+        ]
         # Prompts with and without a language differ in length.
         by_length: dict[int, list[int]] = {}
         prompts = self._prompts(languages_B)
@@ -134,17 +136,14 @@ class AttentionHead(nn.Module):
                 rows = alike[first : first + count]
                 cache = self.decoder.cross_cache(memory_BTD[rows], lengths_B[rows])
                 self._search([searches[row] for row in rows], [prompts[row] for row in rows], cache)
-        chosen = zip(searches, languages_B.tolist(), strict=True)
-        return [self._best(search, language, words) for search, language in chosen]
+        best = [search.best for search in searches]
+        return [Written(self.tokenizer.decode(draft.ids).strip(), draft.mean_log_prob, score) for draft, score in best]
 
-    def _best(self, search: TextSearch, language: int, words: Callable[[str, int], float] | None) -> Written:
-        """Of the drafts that have ended."""
-        written = []
-        for draft in search.ended:
-            text, log_prob = self.tokenizer.decode(draft.ids).strip(), draft.mean_log_prob
-            bonus = 0.0 if words is None else words(text, language) / (len(draft.ids) + 1)
-            written.append(Written(text, log_prob, log_prob + bonus))
-        return max(written, key=lambda each: each.score)
+    def _prior(self, words: Callable[[str, int, bool], float] | None, language: int) -> Prior:
+        """What a search in a language asks about words."""
+        if words is None:
+            return no_prior
+        return lambda ids, whole: words(self.tokenizer.decode(ids), language, whole)
 
     def _search(self, searches: list[TextSearch], prompts: list[list[int]], cache: DecoderCache) -> None:
         """Goes on with all searches to their ends."""

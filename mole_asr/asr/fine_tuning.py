@@ -3,9 +3,12 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +21,7 @@ from mole_asr.errors import MoleError
 
 # The signs of all tokens stay where the pretraining put them: a small corpus uses few of them.
 _EMBEDDING = "attention_head.decoder.embedding."
+CTC_EPOCHS = 4  # after the blend; recipes/whisper_mole says what they bring
 _NEW = re.compile(r"(mixture|ctc)\.|encoder\.blocks\.\d+\.feed_forward\.moe\.router\.")
 _STEM = "encoder.stem."
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
@@ -38,8 +42,8 @@ class FineTuning:
         pretrained_share: how much of the pretrained weights the written model has: each weight that was pretrained is
             the mean, so weighed, of what it was and of what it has become (WiSE-FT, Wortsman et al., CVPR 2022). What
             was learned of a few voices is kept, and less is forgotten of all others. Then the CTC head, which is new,
-            is fitted to what came out, for an epoch. Validation does not have it; a run that is complete is written
-            anew with another share when it is given again.
+            is fitted to what came out, for `CTC_EPOCHS`. Validation does not have it; a run that is complete is written
+            anew, with another share too, when it is given again.
     """
 
     lr: float = 3e-5
@@ -146,21 +150,28 @@ def blend(model: nn.Module, start: nn.Module, share: float) -> None:
             parameter.lerp_(before[name].to(parameter), share)
 
 
-def fit_ctc_head(model: PretrainedModel, batches: Collection[Batch], lr: float) -> None:
+def fit_ctc_head(
+    model: PretrainedModel,
+    epochs: Sequence[Collection[Batch]],
+    lr: float,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
     """Fits the CTC head to an encoder that `blend` has changed under it; nothing else is trained.
 
     Args:
         model: is changed.
-        batches: of the training, on any device.
+        epochs: batches of the training, on any device, once or several times.
         lr: of the first step; a straight line leads to zero behind the last.
+        precision: makes the context in which the model is computed.
     """
     model.train().requires_grad_(False)
     head = model.ctc.requires_grad_(True)
     optimizer = torch.optim.AdamW(head.parameters(), lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
-    for batch in batches:
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=sum(map(len, epochs)))
+    for batch in chain.from_iterable(epochs):
         batch = batch.to(head.linear.weight.device)
-        output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
+        with precision():
+            output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
         ctc_loss(output.log_probs_BTV, output.lengths_B, batch).backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()

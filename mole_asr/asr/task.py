@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mole_asr.arguments import check_range
 from mole_asr.asr.checkpoint import Recogniser, load_model
-from mole_asr.asr.fine_tuning import FineTuning, blend, choose_trained, fine_tuning_optimizer, fit_ctc_head
+from mole_asr.asr.fine_tuning import CTC_EPOCHS, FineTuning, blend, choose_trained, fine_tuning_optimizer, fit_ctc_head
 from mole_asr.asr.generations import guard, merge_generations, train_last_generation, wake
 from mole_asr.asr.gradients import gradient_norms
 from mole_asr.asr.grow import grow_model
@@ -249,9 +249,10 @@ class MoleTask(ResumableTask):
             blend(self.model, start, share)
             if self.loss_weights.ctc:
                 data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+                epochs = [data.training_epoch(self.current_epoch + n) for n in range(CTC_EPOCHS)]
                 torch.manual_seed(self.seed)
-                with self.trainer.precision_plugin.train_step_context():
-                    fit_ctc_head(self.model, data.training_epoch(self.current_epoch), self.fine_tuning.new_lr)
+                precision = self.trainer.precision_plugin.train_step_context
+                fit_ctc_head(self.model, epochs, self.fine_tuning.new_lr, precision)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Logs the norm of each expert's gradient, not yet clipped, in the steps that are logged."""

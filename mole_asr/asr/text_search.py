@@ -3,14 +3,23 @@
 Letters: K drafts, C candidates for the next token of each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 # Drafts of an utterance that go on together; recipes/whisper_mole says what they bring and what they cost.
 BEAM = 5
 # Nobody says the same three times over, so many tokens in all; a decoder that has lost its place goes on for ever.
 LOOP_COPIES, LOOP_TOKENS = 3, 8
+
+
+Prior: TypeAlias = Callable[[list[int], bool], float]
+"""What the words of a text say for it, from its tokens, and whether these are all."""
+
+
+def no_prior(ids: list[int], whole: bool) -> float:
+    """Where nothing is known of words."""
+    return 0.0
 
 
 class Written(NamedTuple):
@@ -71,23 +80,23 @@ class TextSearch:
     """The drafts of one utterance.
 
     A draft ends with the end sign, or where it repeats itself (`cut_loop`); all do at the limit. The search is over
-    when as many have ended as may go on (Sutskever et al., 2014, section 3.2), or fewer than that are left. The best
-    is to be the one of the highest mean log-probability, which favours neither short nor long texts.
+    when as many have ended as may go on (Sutskever et al., 2014, section 3.2), or fewer than that are left; the best
+    has the highest mean log-probability, which favours neither short nor long texts.
 
     Args:
         beam: drafts that go on together; with 1 the search is greedy.
         limit: of the tokens of a text.
         end_id: the end sign.
+        prior: is added to the logarithm of the probability of a text (shallow fusion).
 
     Attributes:
         drafts: those that go on, the likeliest first.
-        ended: those that have ended.
     """
 
-    def __init__(self, beam: int, limit: int, end_id: int) -> None:
-        self.beam, self.limit, self.end_id = beam, limit, end_id
+    def __init__(self, beam: int, limit: int, end_id: int, prior: Prior = no_prior) -> None:
+        self.beam, self.limit, self.end_id, self.prior = beam, limit, end_id, prior
         self.drafts = [Draft([], [], [])]
-        self.ended: list[Draft] = []
+        self._ended: list[Draft] = []
 
     def step(
         self,
@@ -108,11 +117,11 @@ class TextSearch:
         for draft, end_log_prob in zip(self.drafts, end_log_probs_K, strict=True):
             draft.end_log_probs.append(end_log_prob)
         if len(self.drafts[0].ids) == self.limit:
-            self.ended += self.drafts
+            self._ended += self.drafts
             return []
         totals_K = [sum(draft.log_probs) for draft in self.drafts]
         candidates = [
-            (totals_K[place] + log_prob, place, token, log_prob)
+            (totals_K[place] + log_prob + self._said(self.drafts[place], token), place, token, log_prob)
             for place, row in enumerate(zip(tokens_KC, log_probs_KC, strict=True))
             for token, log_prob in zip(*row, strict=True)
         ]
@@ -121,15 +130,27 @@ class TextSearch:
         for _, place, token, log_prob in sorted(candidates, key=lambda each: -each[0]):
             draft = self.drafts[place]
             if token == self.end_id:
-                self.ended.append(draft)
+                self._ended.append(draft)
             elif cut_loop((longer := draft.longer(token, log_prob)).ids):
-                self.ended.append(longer)
+                self._ended.append(longer)
             else:
                 going.append(longer)
                 parents.append(place)
-            if len(going) == self.beam or len(self.ended) == self.beam:
+            if len(going) == self.beam or len(self._ended) == self.beam:
                 break
-        if len(self.ended) == self.beam or len(going) < self.beam:
+        if len(self._ended) == self.beam or len(going) < self.beam:
             return []
         self.drafts = going
         return parents
+
+    def _said(self, draft: Draft, token: int) -> float:
+        """What the words of a draft with one more token say for it."""
+        whole = token == self.end_id
+        return self.prior(draft.ids if whole else [*draft.ids, token], whole)
+
+    @property
+    def best(self) -> tuple[Draft, float]:
+        """Of those that have ended; and its mean log-probability with what its words say for it."""
+        scores = [draft.mean_log_prob + self.prior(draft.ids, True) / (len(draft.ids) + 1) for draft in self._ended]
+        place = max(range(len(scores)), key=scores.__getitem__)
+        return self._ended[place], scores[place]

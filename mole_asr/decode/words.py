@@ -18,7 +18,7 @@ from mole_asr.errors import MoleError
 # the weight, on utterances of volunteers that recipes/whisper_mole does not score.
 _UNKNOWN, _LETTER = -18.0, -0.7
 # What the words of a text count beside its sound.
-WEIGHT = 0.2
+WEIGHT = 0.15
 
 
 class WordList:
@@ -37,14 +37,28 @@ class WordList:
         for word, count in counts.items():
             plain[normalize(word, language, fold_accents=True)] += count
         self._log_probs = {word: math.log(count / total) for word, count in (counts | plain).items()}
+        # Of the likeliest word that begins so.
+        self._begun: dict[str, float] = {}
+        for word, log_prob in sorted(self._log_probs.items(), key=lambda item: item[1]):
+            self._begun |= dict.fromkeys((word[:end] for end in range(1, len(word) + 1)), log_prob)
 
     def __len__(self) -> int:
         return len(self._log_probs)
 
-    def log_prob(self, text: str) -> float:
-        """Natural logarithm of the probability of a text's words, whatever their order."""
-        words = normalize(text, self.language).split()
-        return sum(self._log_probs.get(word, _UNKNOWN + _LETTER * len(word)) for word in words)
+    def log_prob(self, text: str, whole: bool = True) -> float:
+        """Natural logarithm of the probability of a text's words, whatever their order.
+
+        Args:
+            text: as it is written.
+            whole: whether the last word ends with the text; else it counts as the likeliest word that begins so.
+        """
+        *words, last = normalize(text, self.language).split() or [""]
+        known = self._log_probs if whole else self._begun
+        return sum(_of(word, self._log_probs) for word in words) + (_of(last, known) if last else 0.0)
+
+
+def _of(word: str, log_probs: dict[str, float]) -> float:
+    return log_probs.get(word, _UNKNOWN + _LETTER * len(word))
 
 
 def load_words(folder: str | Path) -> dict[str, WordList]:

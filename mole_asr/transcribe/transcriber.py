@@ -349,10 +349,10 @@ class Transcriber:
         codes = [self.model.languages[language] for language in languages_B.tolist()]
         return [each._replace(text=normalize(each.text, code)) for each, code in zip(written, codes, strict=True)]
 
-    def _weigh_words(self, text: str, language: int) -> float:
+    def _weigh_words(self, text: str, language: int, whole: bool) -> float:
         """What the words of a text say for it; nothing where there is no list of the language."""
         words = self.words.get(self.model.languages[language])
-        return 0.0 if words is None else WORD_WEIGHT * words.log_prob(text)
+        return 0.0 if words is None else WORD_WEIGHT * words.log_prob(text, whole)
 
     def _align(self, log_probs_TV: Tensor, said: list[int] | str) -> list[Word]:
         """Words and their times, of token ids or of a text."""

@@ -240,7 +240,9 @@ def test_words_choose_among_the_drafts(model: PretrainedModel, batch: Batch) -> 
         plain = head.write(*inputs, beam=4)
         assert all(each.score == each.log_prob for each in plain)
         unwanted = {(each.text, language) for each, language in zip(plain, batch.languages_B.tolist(), strict=True)}
-        other = head.write(*inputs, beam=4, words=lambda text, language: -1e3 * ((text, language) in unwanted))
+        other = head.write(
+            *inputs, beam=4, words=lambda text, language, whole: -1e3 * (whole and (text.strip(), language) in unwanted)
+        )
     for before, after in zip(plain, other, strict=True):
         assert after.text != before.text and after.score == after.log_prob <= before.log_prob
 

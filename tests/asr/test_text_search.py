@@ -8,26 +8,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mole_asr.asr.text_search import Draft, TextSearch, cut_loop
+from mole_asr.asr.text_search import Prior, TextSearch, cut_loop, no_prior
 
 END = 4
 
 
-def search(chances: Callable[[list[int]], list[float]], beam: int, limit: int, end: int) -> tuple[list[int], float]:
-    """The best text and its mean log-probability, all of it computed anew in each step.
+def search(
+    chances: Callable[[list[int]], list[float]], beam: int, limit: int, end: int, prior: Prior = no_prior
+) -> tuple[list[int], float]:
+    """The best text and its mean log-probability, with its prior, all of it computed anew in each step.
 
     Args:
         chances: log-probabilities of the tokens behind a text.
         beam: texts that go on.
         limit: of the tokens of a text.
         end: the end sign.
+        prior: of a text.
     """
 
     def total(ids: list[int]) -> float:
         return sum(chances(ids[:place])[token] for place, token in enumerate(ids))
 
     def mean(ids: list[int]) -> float:
-        return total([*ids, end]) / (len(ids) + 1)
+        return (total([*ids, end]) + prior(ids, True)) / (len(ids) + 1)
 
     going, ended = [list[int]()], list[list[int]]()
     while len(ended) < beam:
@@ -36,7 +39,11 @@ def search(chances: Callable[[list[int]], list[float]], beam: int, limit: int, e
             break
         totals = [total(ids) for ids in going]
         behind = zip(totals, going, map(chances, going), strict=True)
-        longer = [(before + chance, ids, n) for before, ids, row in behind for n, chance in enumerate(row)]
+        longer = [
+            (before + chance + prior([*ids, n][: len(ids) + (n != end)], n == end), ids, n)
+            for before, ids, row in behind
+            for n, chance in enumerate(row)
+        ]
         going = []
         for _, ids, token in sorted(longer, key=lambda each: -each[0]):
             body = ids if token == end else [*ids, token]
@@ -54,9 +61,9 @@ def markov(seed: int) -> Callable[[list[int]], list[float]]:
     return lambda ids: table[tuple([END, END, *ids][-2:])].tolist()
 
 
-def run(chances: Callable[[list[int]], list[float]], beam: int, limit: int) -> TextSearch:
+def run(chances: Callable[[list[int]], list[float]], beam: int, limit: int, prior: Prior = no_prior) -> TextSearch:
     """Lets the search step to its end."""
-    texts = TextSearch(beam, limit, END)
+    texts = TextSearch(beam, limit, END, prior)
     while True:
         rows = [chances(draft.ids) for draft in texts.drafts]
         best_KC = [sorted(range(END + 1), key=lambda token, row=row: -row[token])[: 2 * beam] for row in rows]
@@ -65,20 +72,31 @@ def run(chances: Callable[[list[int]], list[float]], beam: int, limit: int) -> T
             return texts
 
 
-def best(texts: TextSearch) -> Draft:
-    return max(texts.ended, key=lambda draft: draft.mean_log_prob)
-
-
 @given(seed=st.integers(0, 10**6), beam=st.integers(1, 4), limit=st.integers(1, 12))
 def test_a_search_equals_one_that_recomputes_everything(seed: int, beam: int, limit: int) -> None:
-    found = best(run(markov(seed), beam, limit))
+    found, score = run(markov(seed), beam, limit).best
     ids, mean = search(markov(seed), beam, limit, END)
     assert found.ids == ids
-    assert found.mean_log_prob == pytest.approx(mean)
+    assert found.mean_log_prob == score == pytest.approx(mean)
+
+
+@given(seed=st.integers(0, 10**6), beam=st.integers(3, 4), limit=st.integers(1, 12))
+def test_so_does_one_with_a_prior(seed: int, beam: int, limit: int) -> None:
+    """Three drafts at least: all tokens are candidates then."""
+
+    def prior(ids: list[int], whole: bool) -> float:
+        return float(np.random.default_rng([seed, whole, *ids]).normal(0, 2))
+
+    chances = markov(seed)
+    found, score = run(chances, beam, limit, prior).best
+    ids, wanted = search(chances, beam, limit, END, prior)
+    assert found.ids == ids
+    assert score == pytest.approx(wanted)
+    assert found.mean_log_prob == pytest.approx(wanted - prior(ids, True) / (len(ids) + 1))
 
 
 def test_a_wider_search_finds_what_is_likelier() -> None:
-    means = {beam: [best(run(markov(seed), beam, 8)).mean_log_prob for seed in range(50)] for beam in (1, 4)}
+    means = {beam: [run(markov(seed), beam, 8).best[1] for seed in range(50)] for beam in (1, 4)}
     assert np.mean(means[4]) > np.mean(means[1]) + 0.05
 
 

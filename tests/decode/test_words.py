@@ -16,6 +16,14 @@ def test_usual_words_are_likelier_and_no_words_are_not_likely_at_all() -> None:
     assert unknown < -18 and words.log_prob("escarbots") < unknown, "longer ones are less likely"
 
 
+def test_a_word_that_is_being_written_counts_as_the_likeliest_that_begins_so() -> None:
+    words = WordList("fr", {"un": 6.0, "escargot": 3.0, "escale": 1.0})
+    assert words.log_prob("un esca", whole=False) == words.log_prob("un escargot")
+    assert words.log_prob("un escal", whole=False) == words.log_prob("un escale")
+    assert words.log_prob("un escarb", whole=False) == words.log_prob("un escarb") < words.log_prob("un esca", False)
+    assert words.log_prob("es", whole=False) > words.log_prob("es") and words.log_prob("", whole=False) == 0
+
+
 def test_words_count_without_their_accents_too() -> None:
     """The Spanish prompts are written without them."""
     words = WordList("es", {"avión": 3.0, "sí": 2.0, "si": 5.0})
