@@ -4,13 +4,14 @@ They are those of wordfreq (Speer, 2022), which counted words in books, subtitle
 4.0.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from mole_asr.corpus.normalize import normalize
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
+
+_UNSPACED = ("ja", "zh")  # of the languages that wordfreq has
 
 
 def prepare(output: str | Path, *, languages: Sequence[str]) -> str:
@@ -24,7 +25,7 @@ def prepare(output: str | Path, *, languages: Sequence[str]) -> str:
         How many words were written.
 
     Raises:
-        MoleError: wordfreq is not installed, or has no list of a language.
+        MoleError: wordfreq is not installed, has no list of a language, or one is written without spaces.
     """
     try:
         from wordfreq import available_languages, get_frequency_dict
@@ -33,16 +34,17 @@ def prepare(output: str | Path, *, languages: Sequence[str]) -> str:
     known = available_languages("small")
     if missing := [code for code in languages if code not in known]:
         raise MoleError(f"languages: wordfreq has no list of {', '.join(missing)}; it has {', '.join(sorted(known))}")
+    if unspaced := [code for code in languages if code in _UNSPACED]:
+        raise MoleError(f"languages: {', '.join(unspaced)} is written without spaces; word lists do not serve it")
     said = []
     for code in languages:
-        counts: dict[str, float] = defaultdict(float)
-        for word, frequency in get_frequency_dict(code, "small").items():
-            spelled = normalize(word, code)
-            if " " not in spelled and not any(map(str.isdecimal, word)):  # numbers are spelled out, in many words
-                counts[spelled] += frequency
-        counts.pop("", None)
-        usual_first = sorted(counts.items(), key=lambda item: -item[1])
-        lines = [f"{word}\t{frequency:.3g}\n" for word, frequency in usual_first]
-        write_text(Path(output) / f"{code}.tsv", "".join(lines))
-        said.append(f"{code} {len(lines)}")
+        # Numbers are spelled out in texts, in many words. Most usual words first.
+        words = [
+            (word, frequency)
+            for word, frequency in get_frequency_dict(code, "small").items()
+            if normalize(word, code) and not any(map(str.isdecimal, word))
+        ]
+        words.sort(key=lambda item: -item[1])
+        write_text(Path(output) / f"{code}.tsv", "".join(f"{word}\t{frequency:.3g}\n" for word, frequency in words))
+        said.append(f"{code} {len(words)}")
     return f"{output}: words in {', '.join(said)}"

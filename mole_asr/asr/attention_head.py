@@ -4,7 +4,7 @@ Letters: B batch, T frames, U tokens, V vocabulary, D model width, R drafts of a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -102,7 +102,7 @@ class AttentionHead(nn.Module):
         lengths_B: Tensor,
         languages_B: Tensor,
         beam: int = BEAM,
-        words: Callable[[str, int, bool], float] | None = None,
+        words: Mapping[int, Callable[[str, bool], float]] | None = None,
     ) -> list[Written]:
         """The text of each utterance: a beam search (`TextSearch`), all utterances at once.
 
@@ -113,7 +113,8 @@ class AttentionHead(nn.Module):
             lengths_B: int64, its valid frames.
             languages_B: int64, index into the model's languages.
             beam: drafts of an utterance that go on together, from 1 (greedy) to `MAX_DRAFTS`.
-            words: what a text's words say for it, in a language, and whether it is whole; see `TextSearch.prior`.
+            words: of a language, what a text's words say for it; called with the text and whether it is whole; see
+                `TextSearch.prior`.
 
         Raises:
             MoleError: there is no such beam.
@@ -122,7 +123,7 @@ class AttentionHead(nn.Module):
             raise MoleError(f"beam {beam}: must be from 1 to {MAX_DRAFTS}")
         limits = (lengths_B // FRAMES_PER_TOKEN + SPARE_TOKENS).clamp(max=self.max_tokens - 4).tolist()
         searches = [
-            TextSearch(beam, limit, self.tokenizer.end_id, self._prior(words, language))
+            TextSearch(beam, limit, self.tokenizer.end_id, self._prior((words or {}).get(language)))
             for limit, language in zip(limits, languages_B.tolist(), strict=True)
         ]
         # Prompts with and without a language differ in length.
@@ -139,11 +140,9 @@ class AttentionHead(nn.Module):
         best = [search.best for search in searches]
         return [Written(self.tokenizer.decode(draft.ids).strip(), draft.mean_log_prob, score) for draft, score in best]
 
-    def _prior(self, words: Callable[[str, int, bool], float] | None, language: int) -> Prior:
-        """What a search in a language asks about words."""
-        if words is None:
-            return no_prior
-        return lambda ids, whole: words(self.tokenizer.decode(ids), language, whole)
+    def _prior(self, words: Callable[[str, bool], float] | None) -> Prior:
+        """What a search asks about words."""
+        return no_prior if words is None else lambda ids, whole: words(self.tokenizer.decode(ids), whole)
 
     def _search(self, searches: list[TextSearch], prompts: list[list[int]], cache: DecoderCache) -> None:
         """Goes on with all searches to their ends."""

@@ -78,7 +78,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     except (OSError, SafetensorError) as error:
         raise MoleError(f"{path}: cannot be read ({error}); copy the folder anew") from None
     except RuntimeError as error:
-        raise MoleError(f"{path}: does not fit config.json: {' '.join(str(error).split())}") from None
+        first = " ".join(str(error).split())[:200]
+        raise MoleError(f"{path}: does not fit config.json ({first} ...); train the model anew") from None
     return model.to(device).eval(), tokenizer
 
 

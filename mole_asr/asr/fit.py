@@ -83,11 +83,7 @@ class ExportModel(Callback):
         Raises:
             MoleError: the training has diverged.
         """
-        if not all(parameter.isfinite().all() for parameter in pl_module.parameters()):
-            raise MoleError(
-                "the training has diverged, its weights are no numbers: lower the learning rates (model.optimizer, "
-                "model.fine_tuning), or give trainer.gradient_clip_val, and another --output"
-            )
+        _check_finite(pl_module)
         if self.average is not None:
             # Once more: Lightning does not do it when a complete run is started again.
             self.average.on_train_end(trainer, pl_module)
@@ -102,6 +98,14 @@ class ExportModel(Callback):
     def save(self, trainer: Trainer, task: LightningModule) -> None:
         """Writes the folder."""
         raise NotImplementedError
+
+
+def _check_finite(task: LightningModule) -> None:
+    if not all(parameter.isfinite().all() for parameter in task.parameters()):
+        raise MoleError(
+            "the training has diverged, its weights are no numbers: lower the learning rates (model.optimizer, "
+            "model.fine_tuning), or give trainer.gradient_clip_val, and another --output"
+        )
 
 
 class ExportRecogniser(ExportModel):
@@ -120,6 +124,7 @@ class ExportRecogniser(ExportModel):
         # What is frozen keeps its n-grams too: there may be a few old utterances among the new ones.
         save_ngrams({**new, **old} if task.freeze_old else {**old, **new}, self.folder / NGRAM_FILE)
         task.blend_with_pretrained()
+        _check_finite(task)
         save_model(task.model, task.text_tokenizer, self.folder)
 
 
@@ -232,8 +237,8 @@ def _last_checkpoint(output: Path, **when: Any) -> ModelCheckpoint:
 def fit(arguments: list[str]) -> None:
     """Trains a model: `--config conf/asr/prompts5.yaml`, any key replaced by `--key value`.
 
-    The same command again resumes an interrupted run where it stopped, in mid-epoch too, and returns at once when the
-    run is complete.
+    The same command again resumes an interrupted run where it stopped, in mid-epoch too; where the run is complete it
+    only writes the model once more (with `model.fine_tuning.pretrained_share` that takes some minutes).
 
     Args:
         arguments: of the command line, behind `fit`.

@@ -1,6 +1,7 @@
 """The Lightning task: one weighted sum of named losses, optimizer and schedule, validation by error rate."""
 
 import math
+import sys
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -249,7 +250,8 @@ class MoleTask(ResumableTask):
             blend(self.model, start, share)
             if self.loss_weights.ctc:
                 data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-                epochs = [data.training_epoch(self.current_epoch + n) for n in range(CTC_EPOCHS)]
+                epochs = [data.training_epoch(n) for n in range(CTC_EPOCHS)]  # the same in a run that is resumed
+                print(f"fitting the CTC head anew, {CTC_EPOCHS} epochs", file=sys.stderr)
                 torch.manual_seed(self.seed)
                 precision = self.trainer.precision_plugin.train_step_context
                 fit_ctc_head(self.model, epochs, self.fine_tuning.new_lr, precision)

@@ -84,7 +84,7 @@ class TextSearch:
     has the highest mean log-probability, which favours neither short nor long texts.
 
     Args:
-        beam: drafts that go on together; with 1 the search is greedy.
+        beam: drafts that go on together; with 1 it is greedy (with a prior, among the two likeliest tokens).
         limit: of the tokens of a text.
         end_id: the end sign.
         prior: is added to the logarithm of the probability of a text (shallow fusion).
@@ -107,7 +107,8 @@ class TextSearch:
         """Chooses the next tokens.
 
         Args:
-            tokens_KC: the likeliest tokens behind each draft; with twice as many as the beam, none is missed.
+            tokens_KC: the likeliest tokens behind each draft; with twice as many as the beam, none is missed (but one
+                that a prior would have put before them).
             log_probs_KC: of these.
             end_log_probs_K: of the end sign.
 

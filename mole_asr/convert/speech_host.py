@@ -26,7 +26,7 @@ from mole_asr.moe.convert.sliced import SlicedFeedForward, SlicedLayer
 from mole_asr.moe.experts import Activation, ExpertWeights, activate
 
 _BATCH = 8
-_DECODER = "attention_head."  # its parts stay dense
+_HEADS = ("attention_head.", "ctc.")  # their parts stay dense
 _ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.SiLU: "silu", nn.ReLU: "relu"}
 
 
@@ -152,7 +152,7 @@ class SpeechHost(Host):
 
 
 def _is_dense(name: str, module: nn.Module) -> bool:
-    return isinstance(module, FeedForward | WhisperFeedForward) and not name.startswith(_DECODER)
+    return isinstance(module, FeedForward | WhisperFeedForward) and not name.startswith(_HEADS)
 
 
 def _norm(module: nn.Module) -> nn.Module:

@@ -179,8 +179,9 @@ class SpeechDataModule(LightningDataModule):
         return self._loader("train", self.batch_seconds, lambda: place_of(self.trainer), temperature=self.temperature)
 
     def training_epoch(self, epoch: int) -> PlanLoader:
-        """All training batches of an epoch."""
-        return self._loader("train", self.batch_seconds, lambda: (epoch, 0), temperature=self.temperature)
+        """All training batches of an epoch, of all ranks."""
+        place = (epoch, 0)
+        return self._loader("train", self.batch_seconds, lambda: place, temperature=self.temperature, shared=False)
 
     def val_dataloader(self) -> PlanLoader:
         """All validation batches, longest first, the same every time."""

@@ -3,12 +3,14 @@
 A text decoder that was trained on little speech writes what it hears letter by letter where it does not know a word.
 How usual words are can be had for many languages, without any speech; that tells `un escargot` from `un escarbo`.
 
-A list is a file `xx.tsv` (a language's code): a line a word, the word and how often it comes, with a tab between.
+A list is a file `xx.tsv` (a language's code): a line a word, the word and how often it comes, with a tab between. Words
+that are added, such as names, are given in the same unit as the others.
 """
 
 import math
-import unicodedata
 from collections import defaultdict
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from mole_asr.corpus.normalize import normalize
@@ -17,8 +19,11 @@ from mole_asr.errors import MoleError
 # The logarithm of the probability of a word that is not in the list: of all together, and for each letter. Chosen, with
 # the weight, on utterances of volunteers that recipes/whisper_mole does not score.
 _UNKNOWN, _LETTER = -18.0, -0.7
+# A recogniser may have learned a language without its accents; words without them count by this less.
+_PLAIN = 0.1
 # What the words of a text count beside its sound.
 WEIGHT = 0.15
+_REMEMBERED = 4096  # beginnings of texts: all drafts of an utterance, and all their next tokens, share a few
 
 
 class WordList:
@@ -32,15 +37,17 @@ class WordList:
     def __init__(self, language: str, counts: dict[str, float]) -> None:
         self.language = language
         total = sum(counts.values())
-        # A recogniser may have learned a language without its accents; the words are the same.
-        plain: dict[str, float] = defaultdict(float)
+        likely: dict[str, float] = defaultdict(float)
         for word, count in counts.items():
-            plain[normalize(word, language, fold_accents=True)] += count
-        self._log_probs = {word: math.log(count / total) for word, count in (counts | plain).items()}
+            likely[normalize(word, language, fold_accents=True)] += _PLAIN * count
+        for word, count in counts.items():
+            likely[word] = max(likely[word], count)
+        self._log_probs = {word: math.log(count / total) for word, count in likely.items()}
         # Of the likeliest word that begins so.
         self._begun: dict[str, float] = {}
         for word, log_prob in sorted(self._log_probs.items(), key=lambda item: item[1]):
             self._begun |= dict.fromkeys((word[:end] for end in range(1, len(word) + 1)), log_prob)
+        self._finished = lru_cache(_REMEMBERED)(self._sum)
 
     def __len__(self) -> int:
         return len(self._log_probs)
@@ -52,29 +59,46 @@ class WordList:
             text: as it is written.
             whole: whether the last word ends with the text; else it counts as the likeliest word that begins so.
         """
+        finished, _, last = text.rpartition(" ")
+        return self._finished(finished) + self._sum(last, whole)
+
+    def _sum(self, text: str, whole: bool = True) -> float:
         *words, last = normalize(text, self.language).split() or [""]
         known = self._log_probs if whole else self._begun
-        return sum(_of(word, self._log_probs) for word in words) + (_of(last, known) if last else 0.0)
+        return sum(_of(word, self._log_probs, self._log_probs) for word in words) + _of(last, self._log_probs, known)
 
 
-def _of(word: str, log_probs: dict[str, float]) -> float:
-    return log_probs.get(word, _UNKNOWN + _LETTER * len(word))
+def _of(word: str, whole: dict[str, float], known: dict[str, float]) -> float:
+    """Of a word that is among those known; or of its parts: lists have l and eau, and not l'eau."""
+    if not word or word in known:
+        return known.get(word, 0.0)
+    *parts, last = word.split("'")
+    if parts and all(part in whole for part in parts) and last in known:
+        return sum(whole[part] for part in parts) + known[last]
+    return _UNKNOWN + _LETTER * len(word)
 
 
-def load_words(folder: str | Path) -> dict[str, WordList]:
-    """Reads all lists of a folder, by language.
+def load_words(folder: str | Path, languages: Iterable[str]) -> dict[str, WordList]:
+    """Reads the lists of those languages that have one; pt-BR takes that of pt where it has none.
 
     Raises:
-        MoleError: there is none, or a line is none of a list.
+        MoleError: none has one, or a line is none of a list.
     """
-    paths = sorted(Path(folder).glob("*.tsv"))
-    if not paths:
-        raise MoleError(f"{folder}: no word list (xx.tsv) there; `mole-asr prepare words {folder}` writes some")
-    return {path.stem: WordList(path.stem, _read(path)) for path in paths}
+    languages = list(languages)
+    found = {}
+    for code in languages:
+        paths = [path for name in (code, code.split("-")[0]) if (path := Path(folder) / f"{name}.tsv").exists()]
+        if paths:
+            found[code] = WordList(code, _read(paths[0], code))
+    if not found:
+        raise MoleError(
+            f"{folder}: no word list (xx.tsv) of {', '.join(languages)}; `mole-asr prepare words` writes some"
+        )
+    return found
 
 
-def _read(path: Path) -> dict[str, float]:
-    counts: dict[str, float] = {}
+def _read(path: Path, language: str) -> dict[str, float]:
+    counts: dict[str, float] = defaultdict(float)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -85,10 +109,11 @@ def _read(path: Path) -> dict[str, float]:
             value = float(count)
         except ValueError:
             value = math.nan
-        if not word or not 0 < value < math.inf:
+        words = normalize(word, language).split()
+        if not words or not 0 < value < math.inf:
             raise MoleError(f"{path}, line {number}: {line!r} is not a word, a tab and how often it comes")
-        word = unicodedata.normalize("NFC", word)
-        counts[word] = counts.get(word, 0.0) + value
+        for word in words:  # of New York, both
+            counts[word] += value
     if not counts:
         raise MoleError(f"{path}: is empty; give a word a line, or remove it")
     return counts

@@ -86,7 +86,7 @@ def transcribe(
             (default: `asr.text_search.BEAM`); 0 or 1 decodes greedily.
         head: which head of the model writes, where it has two: attention (the default) or ctc, which is faster.
         precision: 32-true, or bf16-mixed, which is faster where the processor has bfloat16 products.
-        words: folder of word lists (`mole-asr prepare words`), which help the attention head choose among its drafts.
+        words: folder of word lists (`mole-asr prepare words`), which score within the attention head's search.
         lm: folder of a language model (`mole-asr fit --config conf/text/...`) that helps the CTC head.
         lm_mode: rescore (any language model: the texts that the search has found get a new order) or fusion (one that
             was trained with the recogniser's tokenizer: it scores within the search).

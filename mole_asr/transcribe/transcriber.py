@@ -6,6 +6,7 @@ Shape letters: B batch, S samples, T frames, V vocabulary, N languages.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
@@ -235,10 +236,11 @@ class Transcriber:
             MoleError: there is none of a language of the model, or the attention head does not write.
         """
         if self.head != "attention":
-            raise MoleError("words: serve the attention head; leave --head ctc out, or give --lm for it")
-        self.words = load_words(folder)
-        if not self.words.keys() & set(self.model.languages):
-            raise MoleError(f"{folder}: no word list of {', '.join(self.model.languages)}")
+            has = self.model.attention_head is not None
+            raise MoleError(
+                "words: serve the attention head; " + ("leave --head ctc out" if has else "the model has none")
+            )
+        self.words = load_words(folder, self.model.languages)
 
     def _language_id(self, language: str) -> int:
         known = list(self.model.languages)
@@ -344,15 +346,12 @@ class Transcriber:
         head = self.model.attention_head
         if self.head == "ctc" or head is None or output.memory_BTD is None:
             return None
-        words = self._weigh_words if self.words else None
+        words = {
+            n: partial(_weigh, self.words[code]) for n, code in enumerate(self.model.languages) if code in self.words
+        }
         written = head.write(output.memory_BTD, output.frames.lengths_B, languages_B, self.text_beam, words)
         codes = [self.model.languages[language] for language in languages_B.tolist()]
         return [each._replace(text=normalize(each.text, code)) for each, code in zip(written, codes, strict=True)]
-
-    def _weigh_words(self, text: str, language: int, whole: bool) -> float:
-        """What the words of a text say for it; nothing where there is no list of the language."""
-        words = self.words.get(self.model.languages[language])
-        return 0.0 if words is None else WORD_WEIGHT * words.log_prob(text, whole)
 
     def _align(self, log_probs_TV: Tensor, said: list[int] | str) -> list[Word]:
         """Words and their times, of token ids or of a text."""
@@ -382,6 +381,11 @@ class Transcriber:
         probabilities = dict(zip(self.model.languages, mean_N.tolist(), strict=True))
         language = self.model.languages[int(mean_N.argmax()) if language_id is None else language_id]
         return Transcript(recording.id, text, language, reliability, probabilities, recording.duration_s, segments)
+
+
+def _weigh(words: WordList, text: str, whole: bool) -> float:
+    """What the words of a text say for it."""
+    return WORD_WEIGHT * words.log_prob(text, whole)
 
 
 def _name(item: Input, index: int) -> str:

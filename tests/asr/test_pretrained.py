@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from mole_asr.asr.whisper import WhisperEncoder, WhisperFeatures
 from mole_asr.asr.whisper_checkpoint import load_whisper
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer
+from mole_asr.decode.words import WordList
 from mole_asr.errors import MoleError
 from mole_asr.transcribe import transcriber
 from mole_asr.transcribe.transcriber import Transcriber
@@ -239,38 +241,58 @@ def test_words_choose_among_the_drafts(model: PretrainedModel, batch: Batch) -> 
         inputs = output.memory_BTD, output.frames.lengths_B, batch.languages_B
         plain = head.write(*inputs, beam=4)
         assert all(each.score == each.log_prob for each in plain)
-        unwanted = {(each.text, language) for each, language in zip(plain, batch.languages_B.tolist(), strict=True)}
-        other = head.write(
-            *inputs, beam=4, words=lambda text, language, whole: -1e3 * (whole and (text.strip(), language) in unwanted)
-        )
+        unwanted = [
+            {each.text for each, n in zip(plain, batch.languages_B.tolist(), strict=True) if n == language}
+            for language in range(len(LANGUAGES))
+        ]
+        words = {
+            language: lambda text, whole, texts=texts: -1e3 * (whole and text.strip() in texts)
+            for language, texts in enumerate(unwanted)
+        }
+        other = head.write(*inputs, beam=4, words=words)
+        assert head.write(*inputs, beam=4, words={n: words[n] for n in ()}) == plain
     for before, after in zip(plain, other, strict=True):
         assert after.text != before.text and after.score == after.log_prob <= before.log_prob
 
 
-def test_word_lists_have_a_say_among_drafts_and_languages(
+def test_word_lists_serve_the_search(
     model: PretrainedModel, tokenizer: TextTokenizer, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model.eval()
-    model.config = replace(model.config, second_hearing=0.0)
-    monkeypatch.setattr(transcriber, "_SURE", 1.1)
-    monkeypatch.setattr(transcriber, "WORD_WEIGHT", 100.0)
-    listener, wave = Transcriber(model, tokenizer), batch.audio_BS[0].numpy()
-    first, *others = {code: next(iter(listener.transcribe(wave, language=code))).text for code in LANGUAGES}.items()
-    rare = "\n".join(f"{word}\t1" for word in ["x", *first[1].split()]) + "\n"
-    for code in LANGUAGES:
-        (tmp_path / f"{code}.tsv").write_text(rare if code == first[0] else "x\t1\n", "utf-8")
+    for code in LANGUAGES[1:]:
+        (tmp_path / f"{code}.tsv").write_text(f"ab\t1\n{code}\t3\n", "utf-8")
+    listener, head = Transcriber(model.eval(), tokenizer), model.attention_head
+    assert head is not None
     listener.use_words(tmp_path)
-    (heard,) = listener.transcribe(wave)
-    assert (heard.language, heard.text) == first, "in this language alone, what is heard are words"
-    (tmp_path / f"{others[0][0]}.tsv").unlink()
-    listener.use_words(tmp_path)
-    (without,) = listener.transcribe(wave)
-    listener.words = {}
-    (plain,) = listener.transcribe(wave)
-    assert without.language == plain.language, "languages are not compared by words where one has no list"
-    with pytest.raises(MoleError, match="serve the attention head"):
-        listener.choose_head("ctc")
+    asked, write = list[Any](), head.write
+    monkeypatch.setattr(head, "write", lambda *inputs: asked.append(inputs[-1]) or write(*inputs))
+    next(listener.transcribe(batch.audio_BS[0].numpy(), language=LANGUAGES[0]))
+    assert asked[0].keys() == {1, 2}, "one language has no list"
+    wanted = transcriber.WORD_WEIGHT * math.log(0.25)
+    assert asked[0][2]("ab", True) == pytest.approx(wanted) == asked[0][2]("a", False)
+    assert asked[0][2]("a", True) < wanted
+    listener.choose_head("ctc")
+    with pytest.raises(MoleError, match=r"^words: serve the attention head; leave --head ctc out$"):
         listener.use_words(tmp_path)
+
+
+def test_languages_are_compared_by_words_where_all_have_a_list(
+    model: PretrainedModel, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener, posterior_N = Transcriber(model, tokenizer), np.full(len(LANGUAGES), 1 / len(LANGUAGES))
+    log_probs, scores = (-1.0, -2.0, -3.0), (-4.0, -5.0, -3.5)
+    monkeypatch.setattr(
+        listener,
+        "_listen",
+        lambda batch, languages: [
+            transcriber._Heard([], 0.5, posterior_N, log_probs[n], scores[n]) for n in languages for _ in batch
+        ],
+    )
+    piece = transcriber._Piece(np.zeros(1), 0.0, 1.0)
+    for listed, best in ((LANGUAGES, 2), (LANGUAGES[1:], 0), ([], 0)):
+        listener.words = dict.fromkeys(listed, WordList("en", {"a": 1.0}))
+        listener._compare_languages([piece], posterior_N[None])
+        assert piece.heard.language_probabilities_N.argmax() == best
+        assert piece.heard.score == scores[best]
 
 
 def test_no_more_drafts_at_once_than_memory_allows(

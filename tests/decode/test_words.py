@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from mole_asr.corpus.normalize import normalize
 from mole_asr.decode.words import WordList, load_words
 from mole_asr.errors import MoleError
 
@@ -27,17 +28,36 @@ def test_a_word_that_is_being_written_counts_as_the_likeliest_that_begins_so() -
 def test_words_count_without_their_accents_too() -> None:
     """The Spanish prompts are written without them."""
     words = WordList("es", {"avión": 3.0, "sí": 2.0, "si": 5.0})
-    assert words.log_prob("avion") == words.log_prob("avión") == pytest.approx(math.log(0.3))
-    assert words.log_prob("si") == pytest.approx(math.log(0.7)), "it may be either"
+    assert words.log_prob("avión") == pytest.approx(math.log(0.3))
+    assert words.log_prob("avion") == pytest.approx(math.log(0.03)), "but less"
+    assert words.log_prob("si") == pytest.approx(math.log(0.5))
     assert words.log_prob("sí") == pytest.approx(math.log(0.2))
 
 
+def test_what_is_joined_by_an_apostrophe_counts_as_its_parts() -> None:
+    words = WordList("fr", {"l": 2.0, "eau": 1.0, "aujourd'hui": 1.0})
+    assert words.log_prob("l'eau") == words.log_prob("l eau") == pytest.approx(math.log(0.5) + math.log(0.25))
+    assert words.log_prob("l’ea", whole=False) == words.log_prob("l'eau")
+    assert words.log_prob("aujourd'hui") == pytest.approx(math.log(0.25))
+    assert words.log_prob("d'eau") < -18 and words.log_prob("l'ea") < -18
+
+
+def test_a_text_counts_word_by_word() -> None:
+    words = WordList("fr", {"un": 6.0, "escargot": 3.0, "l": 1.0})
+    for text in ("un escargot", "un escarbo l'escargot un", "un  escargot", "un 1 un"):
+        each = sum(words.log_prob(word) for word in normalize(text, "fr").split())
+        assert words.log_prob(text) == words.log_prob(text) == pytest.approx(each)
+
+
 def test_lists_are_read_by_language(tmp_path: Path) -> None:
-    (tmp_path / "fr.tsv").write_text("escargot\t0.5\nun\t1e0\nescargot\t0.5\n", "utf-8")
-    (tmp_path / "ru.tsv").write_text("лимон\t3\n", "utf-8")
-    lists = load_words(tmp_path)
-    assert {code: len(each) for code, each in lists.items()} == {"fr": 2, "ru": 1}
-    assert lists["fr"].log_prob("escargot") == pytest.approx(math.log(0.5))
+    (tmp_path / "fr.tsv").write_text("escargot\t0.5\nNew York\t0.5\nescargot\t1e0\n", "utf-8")
+    (tmp_path / "pt.tsv").write_text("Pão\t3\n", "utf-8")
+    (tmp_path / "de.tsv").write_text("this is no list", "utf-8")
+    lists = load_words(tmp_path, ["fr", "pt-BR", "be"])
+    assert lists.keys() == {"fr", "pt-BR"}
+    assert lists["fr"].log_prob("escargot") == pytest.approx(math.log(0.6))
+    assert lists["fr"].log_prob("new york") == pytest.approx(2 * math.log(0.2))
+    assert lists["pt-BR"].log_prob("pão") == 0
 
 
 @pytest.mark.parametrize(
@@ -47,13 +67,14 @@ def test_lists_are_read_by_language(tmp_path: Path) -> None:
         (b"un\t0\n", r"fr\.tsv, line 1: 'un\\t0' is not"),
         (b"un\tnan\n", r"fr\.tsv, line 1"),
         (b"\t1\n", r"fr\.tsv, line 1"),
+        (b"!\t1\n", r"fr\.tsv, line 1: '!\\t1' is not"),
         (b"", r"fr\.tsv: is empty"),
         (b"\xff\xfe", r"fr\.tsv: cannot be read as UTF-8"),
-        (None, r"no word list \(xx\.tsv\) there; `mole-asr prepare words "),
+        (None, r"no word list \(xx\.tsv\) of fr, it; `mole-asr prepare words`"),
     ],
 )
 def test_what_is_no_list(tmp_path: Path, text: bytes | None, message: str) -> None:
     if text is not None:
         (tmp_path / "fr.tsv").write_bytes(text)
     with pytest.raises(MoleError, match=message):
-        load_words(tmp_path)
+        load_words(tmp_path, ["fr", "it"])
