@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mole_asr.asr import task
 from mole_asr.asr.checkpoint import load_model
 from mole_asr.asr.extend import extend
-from mole_asr.asr.fine_tuning import is_new
+from mole_asr.asr.fine_tuning import CTC_EPOCHS, is_new
 from mole_asr.asr.fit import fit
 from mole_asr.asr.pretrained import PretrainedModel, from_checkpoint
 from mole_asr.corpus.manifest import Manifest, write_manifest
@@ -44,6 +46,30 @@ def test_the_written_model_is_brought_back_towards_the_pretrained_one(
     assert any("experts" in name for name in moved)
     with pytest.raises(MoleError, match=r"pretrained_share: is for a start from model\.pretrained"):
         fit(command(model__fine_tuning__pretrained_share=0.5))
+
+
+def test_the_ctc_head_is_fitted_to_all_training_data(
+    on_whisper: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[list[list[tuple[str, ...]]]]()
+
+    def fit_ctc_head(model: PretrainedModel, epochs: list[Any], lr: float, precision: Any) -> None:
+        assert lr == 0.01, "that of new parts"
+        calls.append([[tuple(batch.ids) for batch in epoch] for epoch in epochs])
+        with precision():
+            assert torch.is_autocast_enabled("cpu")
+
+    monkeypatch.setattr(task, "fit_ctc_head", fit_ctc_head)
+    changes = {"trainer__max_steps": 2, "trainer__precision": "bf16-mixed"}
+    words = [*on_whisper(**changes), "--model.fine_tuning.pretrained_share=0.25"]
+    fit(words)
+    fit(words)  # the run is complete
+    fit([*words, "--model.loss_weights.ctc=0"])
+    first, again = calls
+    assert first == again and len(first) == CTC_EPOCHS
+    assert first[0] != first[1], "another order"
+    trained = {name for batch in first[0] for name in batch}
+    assert len(trained) > 2 and all({name for batch in epoch for name in batch} == trained for epoch in first)
 
 
 def test_a_trained_model_grows_to_a_new_language(
