@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mole_asr.asr.text_search import BEAM, Prior, TextSearch, Written, no_prior
+from mole_asr.asr.text_search import BEAM, Prior, TextSearch, Written
 from mole_asr.asr.whisper import WhisperConfig
 from mole_asr.asr.whisper_decoder import DecoderCache, WhisperDecoder
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
@@ -140,9 +140,9 @@ class AttentionHead(nn.Module):
         best = [search.best for search in searches]
         return [Written(self.tokenizer.decode(draft.ids).strip(), draft.mean_log_prob, score) for draft, score in best]
 
-    def _prior(self, words: Callable[[str, bool], float] | None) -> Prior:
+    def _prior(self, words: Callable[[str, bool], float] | None) -> Prior | None:
         """What a search asks about words."""
-        return no_prior if words is None else lambda ids, whole: words(self.tokenizer.decode(ids), whole)
+        return None if words is None else lambda ids, whole: words(self.tokenizer.decode(ids), whole)
 
     def _search(self, searches: list[TextSearch], prompts: list[list[int]], cache: DecoderCache) -> None:
         """Goes on with all searches to their ends."""

@@ -17,11 +17,6 @@ Prior: TypeAlias = Callable[[list[int], bool], float]
 """What the words of a text say for it, from its tokens, and whether these are all."""
 
 
-def no_prior(ids: list[int], whole: bool) -> float:
-    """Where nothing is known of words."""
-    return 0.0
-
-
 class Written(NamedTuple):
     """A text.
 
@@ -87,13 +82,13 @@ class TextSearch:
         beam: drafts that go on together; with 1 it is greedy (with a prior, among the two likeliest tokens).
         limit: of the tokens of a text.
         end_id: the end sign.
-        prior: is added to the logarithm of the probability of a text (shallow fusion).
+        prior: is added to the logarithm of the probability of a text (shallow fusion); None: nothing is known of words.
 
     Attributes:
         drafts: those that go on, the likeliest first.
     """
 
-    def __init__(self, beam: int, limit: int, end_id: int, prior: Prior = no_prior) -> None:
+    def __init__(self, beam: int, limit: int, end_id: int, prior: Prior | None = None) -> None:
         self.beam, self.limit, self.end_id, self.prior = beam, limit, end_id, prior
         self.drafts = [Draft([], [], [])]
         self._ended: list[Draft] = []
@@ -146,12 +141,14 @@ class TextSearch:
 
     def _said(self, draft: Draft, token: int) -> float:
         """What the words of a draft with one more token say for it."""
+        if self.prior is None:
+            return 0.0
         whole = token == self.end_id
         return self.prior(draft.ids if whole else [*draft.ids, token], whole)
 
     @property
     def best(self) -> tuple[Draft, float]:
         """Of those that have ended; and its mean log-probability with what its words say for it."""
-        scores = [draft.mean_log_prob + self.prior(draft.ids, True) / (len(draft.ids) + 1) for draft in self._ended]
+        scores = [draft.mean_log_prob + self._said(draft, self.end_id) / (len(draft.ids) + 1) for draft in self._ended]
         place = max(range(len(scores)), key=scores.__getitem__)
         return self._ended[place], scores[place]

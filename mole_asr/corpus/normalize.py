@@ -37,9 +37,12 @@ def normalize(text: str, language: str, fold_accents: bool = False) -> str:
     inner = _INNER_SIGNS.get(language.split("-")[0], "'") + _JOINERS
     kept = [c if _is_word_character(c) or _joins(text, i, inner) else " " for i, c in enumerate(text)]
     text = " ".join("".join(kept).split())
-    if fold_accents:
-        # The marks of Latin, Greek and Cyrillic alone: a Hindi vowel sign is no accent.
-        text = "".join(c for c in unicodedata.normalize("NFD", text) if not "\u0300" <= c <= "\u036f")
+    return without_accents(text) if fold_accents else unicodedata.normalize("NFC", text)
+
+
+def without_accents(text: str) -> str:
+    """Strips the marks of Latin, Greek and Cyrillic letters alone: a Hindi vowel sign is no accent."""
+    text = "".join(c for c in unicodedata.normalize("NFD", text) if not "\u0300" <= c <= "\u036f")
     return unicodedata.normalize("NFC", text)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from mole_asr.corpus.normalize import normalize
+from mole_asr.corpus.normalize import normalize, without_accents
 from mole_asr.errors import MoleError
 
 # The logarithm of the probability of a word that is not in the list: of all together, and for each letter. Chosen, with
@@ -39,7 +39,7 @@ class WordList:
         total = sum(counts.values())
         likely: dict[str, float] = defaultdict(float)
         for word, count in counts.items():
-            likely[normalize(word, language, fold_accents=True)] += _PLAIN * count
+            likely[without_accents(word)] += _PLAIN * count
         for word, count in counts.items():
             likely[word] = max(likely[word], count)
         self._log_probs = {word: math.log(count / total) for word, count in likely.items()}
@@ -61,6 +61,10 @@ class WordList:
         """
         finished, _, last = text.rpartition(" ")
         return self._finished(finished) + self._sum(last, whole)
+
+    def score(self, text: str, whole: bool = True) -> float:
+        """What a text's words say for it beside its sound: their `log_prob` x `WEIGHT`."""
+        return WEIGHT * self.log_prob(text, whole)
 
     def _sum(self, text: str, whole: bool = True) -> float:
         *words, last = normalize(text, self.language).split() or [""]

@@ -6,7 +6,6 @@ Shape letters: B batch, S samples, T frames, V vocabulary, N languages.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
@@ -23,7 +22,6 @@ from mole_asr.decode.alignment import Tokenizer, align_words
 from mole_asr.decode.decoder import CtcDecoder, LmMode
 from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams
 from mole_asr.decode.word import Word
-from mole_asr.decode.words import WEIGHT as WORD_WEIGHT
 from mole_asr.decode.words import WordList, load_words
 from mole_asr.errors import MoleError
 from mole_asr.transcribe.transcript import Segment, Transcript
@@ -346,9 +344,7 @@ class Transcriber:
         head = self.model.attention_head
         if self.head == "ctc" or head is None or output.memory_BTD is None:
             return None
-        words = {
-            n: partial(_weigh, self.words[code]) for n, code in enumerate(self.model.languages) if code in self.words
-        }
+        words = {n: self.words[code].score for n, code in enumerate(self.model.languages) if code in self.words}
         written = head.write(output.memory_BTD, output.frames.lengths_B, languages_B, self.text_beam, words)
         codes = [self.model.languages[language] for language in languages_B.tolist()]
         return [each._replace(text=normalize(each.text, code)) for each, code in zip(written, codes, strict=True)]
@@ -381,11 +377,6 @@ class Transcriber:
         probabilities = dict(zip(self.model.languages, mean_N.tolist(), strict=True))
         language = self.model.languages[int(mean_N.argmax()) if language_id is None else language_id]
         return Transcript(recording.id, text, language, reliability, probabilities, recording.duration_s, segments)
-
-
-def _weigh(words: WordList, text: str, whole: bool) -> float:
-    """What the words of a text say for it."""
-    return WORD_WEIGHT * words.log_prob(text, whole)
 
 
 def _name(item: Input, index: int) -> str:

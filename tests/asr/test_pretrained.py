@@ -22,7 +22,7 @@ from mole_asr.asr.whisper import WhisperEncoder, WhisperFeatures
 from mole_asr.asr.whisper_checkpoint import load_whisper
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer
-from mole_asr.decode.words import WordList
+from mole_asr.decode.words import WEIGHT, WordList
 from mole_asr.errors import MoleError
 from mole_asr.transcribe import transcriber
 from mole_asr.transcribe.transcriber import Transcriber
@@ -250,7 +250,7 @@ def test_words_choose_among_the_drafts(model: PretrainedModel, batch: Batch) -> 
             for language, texts in enumerate(unwanted)
         }
         other = head.write(*inputs, beam=4, words=words)
-        assert head.write(*inputs, beam=4, words={n: words[n] for n in ()}) == plain
+        assert head.write(*inputs, beam=4, words={}) == plain
     for before, after in zip(plain, other, strict=True):
         assert after.text != before.text and after.score == after.log_prob <= before.log_prob
 
@@ -267,7 +267,7 @@ def test_word_lists_serve_the_search(
     monkeypatch.setattr(head, "write", lambda *inputs: asked.append(inputs[-1]) or write(*inputs))
     next(listener.transcribe(batch.audio_BS[0].numpy(), language=LANGUAGES[0]))
     assert asked[0].keys() == {1, 2}, "one language has no list"
-    wanted = transcriber.WORD_WEIGHT * math.log(0.25)
+    wanted = WEIGHT * math.log(0.25)
     assert asked[0][2]("ab", True) == pytest.approx(wanted) == asked[0][2]("a", False)
     assert asked[0][2]("a", True) < wanted
     listener.choose_head("ctc")
@@ -315,9 +315,8 @@ def test_no_more_drafts_at_once_than_memory_allows(
 
 
 def test_it_learns_a_few_utterances_by_heart(whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch) -> None:
-    model = build_on_whisper(
-        whisper_folder, tokenizer, second_hearing=0.0
-    )  # the decoder's signs are random here, and stay so
+    # The decoder's signs of languages are random here, and stay so.
+    model = build_on_whisper(whisper_folder, tokenizer, second_hearing=0.0)
     # Noise of one length and level, in two languages: nothing tells the second and the last apart.
     batch.audio_lengths_B[3] = 8000
     batch.audio_BS[3, 8000:] = 0

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mole_asr.asr.text_search import Prior, TextSearch, cut_loop, no_prior
+from mole_asr.asr.text_search import Prior, TextSearch, cut_loop
 
 END = 4
 
 
 def search(
-    chances: Callable[[list[int]], list[float]], beam: int, limit: int, end: int, prior: Prior = no_prior
+    chances: Callable[[list[int]], list[float]], beam: int, limit: int, end: int, prior: Prior = lambda ids, whole: 0.0
 ) -> tuple[list[int], float]:
     """The best text and its mean log-probability, with its prior, all of it computed anew in each step.
 
@@ -61,7 +61,7 @@ def markov(seed: int) -> Callable[[list[int]], list[float]]:
     return lambda ids: table[tuple([END, END, *ids][-2:])].tolist()
 
 
-def run(chances: Callable[[list[int]], list[float]], beam: int, limit: int, prior: Prior = no_prior) -> TextSearch:
+def run(chances: Callable[[list[int]], list[float]], beam: int, limit: int, prior: Prior | None = None) -> TextSearch:
     """Lets the search step to its end."""
     texts = TextSearch(beam, limit, END, prior)
     while True:
