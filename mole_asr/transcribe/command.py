@@ -16,7 +16,8 @@ from mole_asr.transcribe.writers import WRITERS
 
 if TYPE_CHECKING:
     from mole_asr.corpus.manifest import Manifest
-    from mole_asr.transcribe.transcriber import Input, Transcriber
+    from mole_asr.transcribe.pieces import Input
+    from mole_asr.transcribe.transcriber import Transcriber
 
 
 @dataclass(slots=True)

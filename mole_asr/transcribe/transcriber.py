@@ -4,10 +4,10 @@ Shape letters: B batch, S samples, T frames, V vocabulary, N languages.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from mole_asr.asr.generations import contemporaries
 from mole_asr.asr.text_search import BEAM
-from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
-from mole_asr.audio.segment import MAX_SECONDS, speech_segments
+from mole_asr.audio.segment import MAX_SECONDS
 from mole_asr.corpus.normalize import normalize
 from mole_asr.decode.alignment import Tokenizer, align_words
 from mole_asr.decode.decoder import CtcDecoder, LmMode
@@ -24,15 +23,14 @@ from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams
 from mole_asr.decode.word import Word
 from mole_asr.decode.words import WordList, load_words
 from mole_asr.errors import MoleError
+from mole_asr.transcribe.pieces import Heard, Input, Piece, Recording, batches, cut, name_of, pad, read_input
 from mole_asr.transcribe.transcript import Segment, Transcript
 
 if TYPE_CHECKING:
     from mole_asr.asr.checkpoint import Recogniser
     from mole_asr.asr.model import ModelOutput
     from mole_asr.asr.text_search import Written
-    from mole_asr.corpus.manifest import Utterance
 
-Input: TypeAlias = Union[str, Path, np.ndarray, "Utterance"]
 Head = Literal["attention", "ctc"]
 Precision = Literal["32-true", "bf16-mixed"]
 
@@ -46,49 +44,6 @@ _FIRST_WINDOW = 1 / 16
 _SURE, _CANDIDATES = 0.8, 3
 # What a text says for its language: the logarithm of its probability a token, times this.
 _TEXT_WEIGHT = 5.0
-# What is shorter is padded to this: a few frames are the least that the subsampling and the CTC can take.
-_MIN_SAMPLES = SAMPLING_RATE_HZ // 10
-
-
-@dataclass(slots=True, eq=False)
-class _Heard:
-    """What the model says of a piece.
-
-    Attributes:
-        words: their times count from the start of the piece.
-        reliability: of the language.
-        language_probabilities_N: the posterior.
-        log_prob: of the text, a mean over tokens, where the attention head wrote it.
-        score: the same, with what its words say for it, where their language has a word list.
-    """
-
-    words: list[Word]
-    reliability: float
-    language_probabilities_N: np.ndarray
-    log_prob: float = 0.0
-    score: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _Piece:
-    """A stretch of sound that is recognised at once."""
-
-    audio_S: np.ndarray
-    start_s: float
-    end_s: float
-    heard: _Heard = field(default_factory=lambda: _Heard([], 0.0, np.zeros(0)))
-
-    @property
-    def words(self) -> list[Word]:
-        """Its words; their times count from the start of the recording."""
-        return [_shift(word, self.start_s, self.end_s) for word in self.heard.words]
-
-
-@dataclass(slots=True, eq=False)
-class _Recording:
-    id: str
-    duration_s: float
-    pieces: list[_Piece]
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> "Transcriber":
@@ -253,28 +208,28 @@ class Transcriber:
     ) -> Iterator[Transcript]:
         for window in self._windows(inputs, _WINDOW_BATCHES * batch_seconds):
             pieces = [piece for recording in window for piece in recording.pieces]
-            for batch in _batches(pieces, batch_seconds):
+            for batch in batches(pieces, batch_seconds):
                 self._recognise(batch, language_id)
             for recording in window:
                 yield self._transcript(recording, language_id)
 
-    def _windows(self, inputs: Iterable[Input], window_s: float) -> Iterator[list[_Recording]]:
-        window: list[_Recording] = []
+    def _windows(self, inputs: Iterable[Input], window_s: float) -> Iterator[list[Recording]]:
+        window: list[Recording] = []
         seconds, wanted_s = 0.0, _FIRST_WINDOW * window_s
         for index, item in enumerate(inputs):
             try:
-                name, audio_S = _read(item, index)
+                name, audio_S = read_input(item, index)
             except MoleError as error:
-                self.failures.append((_name(item, index), str(error)))
+                self.failures.append((name_of(item, index), str(error)))
                 continue
-            window.append(_cut(name, audio_S, self.max_seconds))
+            window.append(cut(name, audio_S, self.max_seconds))
             seconds += window[-1].duration_s
             if seconds >= wanted_s:
                 yield window
                 window, seconds, wanted_s = [], 0.0, min(2 * wanted_s, window_s)
         yield window
 
-    def _recognise(self, batch: list[_Piece], language_id: int | None) -> None:
+    def _recognise(self, batch: list[Piece], language_id: int | None) -> None:
         """Runs the model on a batch and notes in its pieces what was heard."""
         told = None if language_id is None else [language_id] * len(batch)
         for piece, heard in zip(batch, self._listen(batch, told), strict=True):
@@ -291,7 +246,7 @@ class Transcriber:
         possible_N = np.where(np.arange(len(posterior_N)) < count, posterior_N, 0.0)
         return possible_N / possible_N.sum()
 
-    def _compare_languages(self, batch: list[_Piece], posterior_BN: np.ndarray) -> None:
+    def _compare_languages(self, batch: list[Piece], posterior_BN: np.ndarray) -> None:
         """Listens once more in each of the likeliest languages of a piece; the likeliest text tells which it is.
 
         A posterior p becomes p x exp(`_TEXT_WEIGHT` x log-probability of the text a token), among these languages;
@@ -314,9 +269,9 @@ class Transcriber:
 
     # Not inference_mode: under autocast it casts every weight anew in each step of the text decoder.
     @torch.no_grad()
-    def _listen(self, batch: list[_Piece], languages: list[int] | None) -> list[_Heard]:
+    def _listen(self, batch: list[Piece], languages: list[int] | None) -> list[Heard]:
         """Runs the model on a batch, told the language of each piece or None."""
-        audio_BS, lengths_B = _pad([piece.audio_S for piece in batch])
+        audio_BS, lengths_B = pad([piece.audio_S for piece in batch])
         languages_B = None if languages is None else torch.tensor(languages)
         told_B = None if languages_B is None else languages_B.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
@@ -334,7 +289,7 @@ class Transcriber:
             said = [each.text for each in written]
         words = [self._align(*each) for each in zip(log_probs, said, strict=True)]
         facts = zip(words, output.reliability_B.tolist(), probabilities_BN.numpy(), strict=True)
-        heard = [_Heard(*each) for each in facts]
+        heard = [Heard(*each) for each in facts]
         for each, text in zip(heard, written or [], strict=False):
             each.log_prob, each.score = text.log_prob, text.score
         return heard
@@ -359,7 +314,7 @@ class Transcriber:
             words = [replace(word, text=text) for word, text in zip(words, spelled, strict=True)]
         return words
 
-    def _transcript(self, recording: _Recording, language_id: int | None) -> Transcript:
+    def _transcript(self, recording: Recording, language_id: int | None) -> Transcript:
         """Joins the pieces; language and reliability are means over them, weighted by their seconds."""
         pieces = recording.pieces
         segments = [
@@ -377,56 +332,3 @@ class Transcriber:
         probabilities = dict(zip(self.model.languages, mean_N.tolist(), strict=True))
         language = self.model.languages[int(mean_N.argmax()) if language_id is None else language_id]
         return Transcript(recording.id, text, language, reliability, probabilities, recording.duration_s, segments)
-
-
-def _name(item: Input, index: int) -> str:
-    """Path as it was given, id of the utterance, or number of the array."""
-    if isinstance(item, np.ndarray):
-        return str(index)
-    return str(item) if isinstance(item, str | Path) else item.id
-
-
-def _read(item: Input, index: int) -> tuple[str, np.ndarray]:
-    name = _name(item, index)
-    if isinstance(item, str | Path):
-        return name, read_audio(item, SAMPLING_RATE_HZ)
-    if not isinstance(item, np.ndarray):
-        return name, read_audio(item.audio_path, SAMPLING_RATE_HZ, item.start_s, item.duration_s)
-    if item.ndim != 1 or item.size == 0 or item.dtype.kind != "f" or not np.isfinite(item).all():
-        raise MoleError(f"input {index}: give finite float samples [S], not {item.dtype} {list(item.shape)}")
-    return name, item.astype(np.float32, copy=False)
-
-
-def _cut(name: str, audio_S: np.ndarray, max_seconds: float) -> _Recording:
-    pieces = []
-    for start_s, end_s in speech_segments(audio_S, SAMPLING_RATE_HZ, max_seconds):
-        part_S = audio_S[round(start_s * SAMPLING_RATE_HZ) : round(end_s * SAMPLING_RATE_HZ)]
-        pieces.append(_Piece(part_S, start_s, end_s))
-    return _Recording(name, len(audio_S) / SAMPLING_RATE_HZ, pieces)
-
-
-def _batches(pieces: list[_Piece], batch_seconds: float) -> Iterator[list[_Piece]]:
-    """Longest first, so that a lack of memory shows at once."""
-    batch: list[_Piece] = []
-    for piece in sorted(pieces, key=lambda piece: -len(piece.audio_S)):
-        if batch and (len(batch) + 1) * len(batch[0].audio_S) > batch_seconds * SAMPLING_RATE_HZ:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch
-
-
-def _pad(audio: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Samples [B, S], padded with zeros, and lengths [B]."""
-    lengths_B = torch.tensor([max(_MIN_SAMPLES, len(audio_S)) for audio_S in audio])
-    audio_BS = torch.zeros(len(audio), int(lengths_B.max()))
-    for row, audio_S in enumerate(audio):
-        audio_BS[row, : len(audio_S)] = torch.from_numpy(audio_S)
-    return audio_BS, lengths_B
-
-
-def _shift(word: Word, start_s: float, end_s: float) -> Word:
-    """Word times count from the start of the recording; the last frame may reach beyond the end of the sound."""
-    first_s = min(start_s + word.start_s, end_s)
-    return Word(word.text, first_s, min(start_s + word.end_s, end_s), word.confidence)

@@ -25,6 +25,7 @@ from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.decode.words import WEIGHT, WordList
 from mole_asr.errors import MoleError
 from mole_asr.transcribe import transcriber
+from mole_asr.transcribe.pieces import Heard, Piece
 from mole_asr.transcribe.transcriber import Transcriber
 from tests.asr.test_text_search import search
 
@@ -284,10 +285,10 @@ def test_languages_are_compared_by_words_where_all_have_a_list(
         listener,
         "_listen",
         lambda batch, languages: [
-            transcriber._Heard([], 0.5, posterior_N, log_probs[n], scores[n]) for n in languages for _ in batch
+            Heard([], 0.5, posterior_N, log_probs[n], scores[n]) for n in languages for _ in batch
         ],
     )
-    piece = transcriber._Piece(np.zeros(1), 0.0, 1.0)
+    piece = Piece(np.zeros(1), 0.0, 1.0)
     for listed, best in ((LANGUAGES, 2), (LANGUAGES[1:], 0), ([], 0)):
         listener.words = dict.fromkeys(listed, WordList("en", {"a": 1.0}))
         listener._compare_languages([piece], posterior_N[None])
