@@ -20,6 +20,7 @@ from torch import Tensor
 from mole_asr.arguments import explain
 from mole_asr.asr.checkpoint import save_model
 from mole_asr.asr.generations import temper
+from mole_asr.asr.replay import hear_examples, save_examples
 from mole_asr.asr.task import MoleTask
 from mole_asr.audio.augment import AugmentConfig
 from mole_asr.corpus.data_module import SpeechDataModule
@@ -109,7 +110,7 @@ def _check_finite(task: LightningModule) -> None:
 
 
 class ExportRecogniser(ExportModel):
-    """Writes a recogniser, and n-grams of the training texts."""
+    """Writes a recogniser, n-grams of the training texts, and what the language tokenizer heard in validation."""
 
     def finish(self, trainer: Trainer, task: LightningModule) -> None:
         """Gives a new language its threshold."""
@@ -125,6 +126,9 @@ class ExportRecogniser(ExportModel):
         save_ngrams({**new, **old} if task.freeze_old else {**old, **new}, self.folder / NGRAM_FILE)
         task.blend_with_pretrained()
         _check_finite(task)
+        with trainer.precision_plugin.val_step_context():
+            examples = hear_examples(task.model, trainer.datamodule.whole_validation())  # type: ignore[attr-defined]
+        save_examples({**examples, **task.old_examples} if task.freeze_old else examples, self.folder)
         save_model(task.model, task.text_tokenizer, self.folder)
 
 

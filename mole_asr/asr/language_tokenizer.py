@@ -20,12 +20,14 @@ class LanguageEvidence:
     Attributes:
         evidence_BTN: float32 logits of each frame; zero at padding.
         logits_BN: float32 logits of each utterance, the mean of its frames' evidence.
+        hidden_BTH: what the last layer makes the evidence of; anything at padding.
         reliability_logits_B: float32, of the reliability head; None without one.
         reliability_logits_BT: the same a frame.
     """
 
     evidence_BTN: Tensor
     logits_BN: Tensor
+    hidden_BTH: Tensor
     reliability_logits_B: Tensor | None = None
     reliability_logits_BT: Tensor | None = None
 
@@ -70,6 +72,7 @@ class LanguageTokenizer(nn.Module):
         evidence_BTN = join(pieces)
         logits_BN = join([piece_BTn.sum(1) for piece_BTn in pieces]) / lengths_B[:, None]
         if self.reliability is None:
-            return LanguageEvidence(evidence_BTN, logits_BN)
+            return LanguageEvidence(evidence_BTN, logits_BN, hidden_BTH)
         reliability_BT = self.reliability(hidden_BTH).squeeze(2).float() * valid_BT
-        return LanguageEvidence(evidence_BTN, logits_BN, reliability_BT.sum(1) / lengths_B, reliability_BT)
+        reliability_B = reliability_BT.sum(1) / lengths_B
+        return LanguageEvidence(evidence_BTN, logits_BN, hidden_BTH, reliability_B, reliability_BT)

@@ -21,6 +21,7 @@ from mole_asr.asr.losses import losses
 from mole_asr.asr.model import EncoderConfig, MoleModel
 from mole_asr.asr.muon import OptimizerConfig, build_optimizer
 from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel, from_checkpoint
+from mole_asr.asr.replay import Replay, load_examples
 from mole_asr.asr.resumable_task import ResumableTask
 from mole_asr.audio.augment import SpecAugment
 from mole_asr.corpus.batch import Batch
@@ -39,6 +40,7 @@ class LossWeights:
         ctc: at the top of the encoder.
         intermediate_ctc: mean over the intermediate heads.
         language: cross-entropy of the language tokenizer (MoLE's lambda; ours to start from is 0.1).
+        replay: the same for what is kept of old languages, where new ones are trained alone (see `asr/replay.py`).
         reliability: of the reliability head, where it is trained.
         balance: evenness of the load, where routers choose experts by themselves (Switch's alpha is 0.01).
         attention: of the attention head of a pretrained model.
@@ -47,6 +49,7 @@ class LossWeights:
     ctc: float = 0.7
     intermediate_ctc: float = 0.3
     language: float = 0.1
+    replay: float = 0.1
     reliability: float = 0.1
     balance: float = 0.01
     attention: float = 1.0
@@ -71,7 +74,8 @@ class MoleTask(ResumableTask):
         fine_tuning: learning rates and stages of a pretrained model.
         init_from: folder of a trained model to start from; it grows to new pieces and languages.
         freeze_old: with init_from: trains only what the last pieces and languages brought, and no old weight changes;
-            at the end, a new language gets a threshold by the validation data (`generations.temper`).
+            new languages are told apart from what is kept of the old ones (`asr/replay.py`), and at the end each gets a
+            threshold by the validation data (`generations.temper`).
         seed: of dropout, masks and schedules: step n draws the same numbers in every run, resumed or not.
     """
 
@@ -104,6 +108,7 @@ class MoleTask(ResumableTask):
         torch.manual_seed(seed)
         self.model: Recogniser
         self.old_ngrams: dict[str, TokenNgram] = {}
+        self.old_examples: dict[str, Tensor] = {}
         config = encoder if pretrained is None else pretrained
         if init_from is None:
             if pretrained is not None:
@@ -121,11 +126,13 @@ class MoleTask(ResumableTask):
                 merge_generations(self.model)
             if (ngrams := Path(init_from) / NGRAM_FILE).exists():
                 self.old_ngrams = load_ngrams(ngrams, old_tokenizer.vocab_size)
+            self.old_examples = load_examples(init_from)
         _refuse_unused(optimizer, fine_tuning, isinstance(self.model, PretrainedModel))
         if freeze_old and init_from is None:
             raise MoleError("model.freeze_old: there is nothing old; give model.init_from, or leave it out")
         self.freeze_old = freeze_old
         self._trained = train_last_generation(self.model) if freeze_old else []
+        self.replay = Replay(self.old_examples, languages) if freeze_old and self.old_examples else None
         self.model.feature_augment = SpecAugment() if spec_augment else None
         # Of each language: character errors, those of the CTC head alone, characters of the references; and its longest
         # utterance, decoded.
@@ -154,6 +161,8 @@ class MoleTask(ResumableTask):
         head = self.model.attention_head
         if head is not None and output.memory_BTD is not None and not self._new_parts_only:
             named["attention"] = head.loss(output.memory_BTD, output.frames.lengths_B, batch.texts, batch.languages_B)
+        if self.replay is not None:
+            named["replay"] = self.replay(self.model)
         total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))
         self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=len(batch))
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))

@@ -26,7 +26,7 @@ def mole(languages: int) -> MixtureFeedForward:
 
 def decided(frames: Frames, plan: RoutingPlan) -> Decision:
     """A decision that was taken without hearing anything."""
-    nothing = LanguageEvidence(torch.zeros(0), torch.zeros(0))
+    nothing = LanguageEvidence(torch.zeros(0), torch.zeros(0), torch.zeros(0))
     return Decision(nothing, plan, RoutingContext(frames.rows), plan)
 
 

@@ -15,6 +15,7 @@ from mole_asr.asr.extend import extend
 from mole_asr.asr.fine_tuning import CTC_EPOCHS, is_new
 from mole_asr.asr.fit import fit
 from mole_asr.asr.pretrained import PretrainedModel, from_checkpoint
+from mole_asr.asr.replay import load_examples
 from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer, extend_tokenizer
 from mole_asr.decode.ngram import NGRAM_FILE, load_ngrams
@@ -140,6 +141,11 @@ def test_a_new_language_is_trained_alone(
             assert (added != -1e4).all(), "awake"
             new = new.narrow(dim, 0, old.shape[dim])
         assert torch.equal(new, old), name
+    examples, known = load_examples(tmp_path / "new" / "model"), load_examples(tmp_path / "old" / "model")
+    assert set(known) == {"de", "en"} and set(examples) == {"de", "en", "nl"}
+    assert all(torch.equal(examples[code], known[code]) for code in known), "for the next language"
+    rows = (tmp_path / "new" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert "train/replay" in rows[0].split(",")
     V = TextTokenizer(tokenizer_folder).vocab_size
     old_ngrams = load_ngrams(tmp_path / "old" / "model" / NGRAM_FILE, V)
     ngrams = load_ngrams(tmp_path / "new" / "model" / NGRAM_FILE, V + 1)
