@@ -20,8 +20,8 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "grow"
 TEXTS = {"en": "abcd", "nl": "cdef", "ru": "жзик"}
 TINY = {"d_model": 8, "d_ff": 8, "num_blocks": 2, "num_mole_blocks": 1, "language_tokenizer_block": 1, "num_heads": 1}
 TINY |= {"intermediate_ctc_blocks": [1], "kernel_size": 3, "expert_d_ff": 8}
-STAGES = ("before", "extended", "grown", "reminded", "shared", "pruned")
-KNOWS_NEW = ("grown", "reminded", "shared")
+STAGES = ("before", "extended", "grown", "unreplayed", "shared", "pruned")
+KNOWS_NEW = ("grown", "unreplayed", "shared")
 
 
 @pytest.fixture

@@ -37,8 +37,6 @@ NEW_PIECES = 20
 """Of several letters, at most; letters that the others lack come first."""
 SHARES = {"en": 0.3, "cs": 0.5, "ru": 0.5}
 """Of the hours of the languages with most speech, so that the first training takes half an hour."""
-REMINDERS = 10
-"""Utterances of each old language, in the stage that hears some."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +70,6 @@ class Growth:
             write_manifest((u for u in table if (u.language == self.new) == new), whole)
             if thinned:
                 thin(whole, path, shares)
-        return path
-
-    @property
-    def reminder(self) -> Path:
-        """The training utterances of the new language and a few of each old one; written where they are missing."""
-        path = self.folder / "train_reminded.jsonl"
-        if not path.exists():
-            new, old = (list(Manifest(self.manifest("train", new))) for new in (True, False))
-            codes = dict.fromkeys(each.language for each in old)
-            few = [each for code in codes for each in [u for u in old if u.language == code][:REMINDERS]]
-            write_manifest([*new, *few], path)
         return path
 
     @property
@@ -126,19 +113,20 @@ def extended(growth: Growth, family: str | None = None) -> Path:
     return wider
 
 
-def grown(growth: Growth, family: str | None = None, reminded: bool = False) -> Path:
-    """After the training of what is new, on the new language alone or with a few utterances of the old ones."""
+def grown(growth: Growth, family: str | None = None, replay: bool = True) -> Path:
+    """After the training of what is new, on the new language alone."""
     wider = extended(growth, family)
     languages = ",".join(load_model(wider)[0].languages)
-    words = (f"--model.init_from={wider}", "--model.freeze_old=true", f"--data.languages=[{languages}]")
-    name = "grown" + (f"_{family}" if family else "") + ("_reminded" if reminded else "")
-    manifest = growth.reminder if reminded else growth.manifest("train", new=True)
-    return growth.fit(name, manifest, growth.folder / "wider_tokenizer", *words)
+    words = [f"--model.init_from={wider}", "--model.freeze_old=true", f"--data.languages=[{languages}]"]
+    name = "grown" + (f"_{family}" if family else "")
+    if not replay:
+        name, words = f"{name}_unreplayed", [*words, "--model.loss_weights.replay=0"]
+    return growth.fit(name, growth.manifest("train", new=True), growth.folder / "wider_tokenizer", *words)
 
 
-def reminded(growth: Growth) -> Path:
-    """As `grown`, with a few utterances of the old languages among the recordings."""
-    return grown(growth, reminded=True)
+def unreplayed(growth: Growth) -> Path:
+    """As `grown`, without the examples of old languages that the model keeps."""
+    return grown(growth, replay=False)
 
 
 def shared(growth: Growth) -> Path | None:
@@ -160,11 +148,11 @@ STAGES: dict[str, Callable[[Growth], Path | None]] = {
     "before": before,
     "extended": extended,
     "grown": grown,
-    "reminded": reminded,
+    "unreplayed": unreplayed,
     "shared": shared,
     "pruned": pruned,
 }
-KNOWS_NEW = ("grown", "reminded", "shared")
+KNOWS_NEW = ("grown", "unreplayed", "shared")
 
 
 def hear(growth: Growth, stage: str, told: bool, model: Path) -> tuple[Path, Path]:

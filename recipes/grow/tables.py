@@ -13,7 +13,7 @@ TITLES = {
     "before": "trained on the other languages",
     "extended": "room for it, untrained",
     "grown": "trained on it alone, an expert of its own",
-    "reminded": "the same, and ten utterances of each old language",
+    "unreplayed": "the same, without replay",
     "shared": "trained on it alone, sharing the expert of {shares}",
     "pruned": "without it again",
 }
@@ -116,7 +116,7 @@ def draw(results: ResultFile, folder: Path) -> None:
     figure = Figure(figsize=(6.4 * len(news), 3.4), layout="constrained")
     for place, new in enumerate(news, 1):
         axes = figure.add_subplot(1, len(news), place)
-        for stage, marker in (("before", "o"), ("grown", "x"), ("reminded", "s")):
+        for stage, marker in (("before", "o"), ("grown", "x"), ("unreplayed", "s")):
             if not (runs := runs_of(results, new, stage, told=False)):
                 continue
             codes = [*sorted(old_languages(runs[0])), new]
