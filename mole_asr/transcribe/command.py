@@ -60,6 +60,7 @@ def transcribe(
     head: Literal["attention", "ctc"] | None = None,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
     words: str | None = None,
+    few_languages: bool = False,
     lm: str | None = None,
     lm_mode: Literal["rescore", "fusion"] = "rescore",
     lm_weight: float | None = None,
@@ -88,6 +89,9 @@ def transcribe(
         head: which head of the model writes, where it has two: attention (the default) or ctc, which is faster.
         precision: 32-true, or bf16-mixed, which is faster where the processor has bfloat16 products.
         words: folder of word lists (`mole-asr prepare words`), which score within the attention head's search.
+        few_languages: true: the recordings are in the same few languages, which need not be named; how often each is
+            heard counts where one is unsure, so the text of a recording may depend on the others. For the attention
+            head.
         lm: folder of a language model (`mole-asr fit --config conf/text/...`) that helps the CTC head.
         lm_mode: rescore (any language model: the texts that the search has found get a new order) or fusion (one that
             was trained with the recogniser's tokenizer: it scores within the search).
@@ -117,6 +121,8 @@ def transcribe(
     transcriber = load(model)
     transcriber.precision = precision
     _choose(transcriber, beam, head, words)
+    if few_languages:
+        transcriber.use_few_languages()
     if lm is not None:
         transcriber.use_language_model(lm, lm_mode)
     transcriber.choose_weights(weights)

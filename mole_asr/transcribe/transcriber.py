@@ -23,6 +23,7 @@ from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams
 from mole_asr.decode.word import Word
 from mole_asr.decode.words import WordList, load_words
 from mole_asr.errors import MoleError
+from mole_asr.transcribe.few_languages import expect_few_languages
 from mole_asr.transcribe.pieces import Heard, Input, Piece, Recording, batches, cut, name_of, pad, read_input
 from mole_asr.transcribe.transcript import Segment, Transcript
 
@@ -75,6 +76,7 @@ class Transcriber:
         decoder: of the CTC head: its n-grams, its beam, its weights.
         text_beam: drafts that the text decoder keeps; 1 is greedy.
         words: word lists by language: they help the attention head choose among its drafts, and among languages.
+        few_languages: whether the recordings are taken to be in the same few languages (see `few_languages.py`).
         head: "attention" writes with the text decoder of a model that has one, "ctc" with the CTC head alone.
         precision: "32-true", or "bf16-mixed": faster where the processor has bfloat16 products.
         failures: (id, reason) of each input of the last call that could not be read and was skipped.
@@ -95,6 +97,7 @@ class Transcriber:
         self.decoder = CtcDecoder(tokenizer, ngrams or {})
         self.text_beam = BEAM
         self.words: dict[str, WordList] = {}
+        self.few_languages = False
         self.head: Head = "ctc" if model.attention_head is None else "attention"
         self.precision: Precision = "32-true"
         self.failures: list[tuple[str, str]] = []
@@ -188,12 +191,24 @@ class Transcriber:
         Raises:
             MoleError: there is none of a language of the model, or the attention head does not write.
         """
+        self._need_attention_head("words")
+        self.words = load_words(folder, self.model.languages)
+
+    def use_few_languages(self) -> None:
+        """Takes recordings to be in the same few languages, which need not be named.
+
+        Raises:
+            MoleError: the attention head does not write.
+        """
+        self._need_attention_head("few-languages")
+        self.few_languages = True
+
+    def _need_attention_head(self, option: str) -> None:
         if self.head != "attention":
             has = self.model.attention_head is not None
             raise MoleError(
-                "words: serve the attention head; " + ("leave --head ctc out" if has else "the model has none")
+                f"{option}: serves the attention head; " + ("leave --head ctc out" if has else "the model has none")
             )
-        self.words = load_words(folder, self.model.languages)
 
     def _language_id(self, language: str) -> int:
         known = list(self.model.languages)
@@ -209,7 +224,11 @@ class Transcriber:
         for window in self._windows(inputs, _WINDOW_BATCHES * batch_seconds):
             pieces = [piece for recording in window for piece in recording.pieces]
             for batch in batches(pieces, batch_seconds):
-                self._recognise(batch, language_id)
+                told = None if language_id is None else [language_id] * len(batch)
+                for piece, heard in zip(batch, self._listen(batch, told), strict=True):
+                    piece.heard = heard
+            if language_id is None and self.head == "attention" and pieces:
+                self._reconsider(pieces, batch_seconds)
             for recording in window:
                 yield self._transcript(recording, language_id)
 
@@ -229,16 +248,18 @@ class Transcriber:
                 window, seconds, wanted_s = [], 0.0, min(2 * wanted_s, window_s)
         yield window
 
-    def _recognise(self, batch: list[Piece], language_id: int | None) -> None:
-        """Runs the model on a batch and notes in its pieces what was heard."""
-        told = None if language_id is None else [language_id] * len(batch)
-        for piece, heard in zip(batch, self._listen(batch, told), strict=True):
-            piece.heard = heard
-        if language_id is None and self.head == "attention":
-            posteriors = [self._possible(piece.heard.language_probabilities_N) for piece in batch]
-            unsure = [row for row, posterior_N in enumerate(posteriors) if posterior_N.max() < _SURE]
-            if unsure:
-                self._compare_languages([batch[row] for row in unsure], np.stack([posteriors[row] for row in unsure]))
+    def _reconsider(self, pieces: list[Piece], batch_seconds: float) -> None:
+        """Compares the likeliest languages of those pieces whose language is unsure."""
+        posterior_PN = np.stack([self._possible(piece.heard.language_probabilities_N) for piece in pieces])
+        written_P = posterior_PN.argmax(1)
+        if self.few_languages:
+            posterior_PN = expect_few_languages(posterior_PN)
+        unsure_P = (posterior_PN.max(1) < _SURE) | (posterior_PN.argmax(1) != written_P)
+        for piece, posterior_N, unsure in zip(pieces, posterior_PN, unsure_P, strict=True):
+            if unsure or self.few_languages:
+                piece.heard.language_probabilities_N = posterior_N
+        for batch in batches([pieces[place] for place in unsure_P.nonzero()[0]], batch_seconds):
+            self._compare_languages(batch)
 
     def _possible(self, posterior_N: np.ndarray) -> np.ndarray:
         """The posterior among the languages that the likeliest one can be confused with (see `generations`)."""
@@ -246,12 +267,13 @@ class Transcriber:
         possible_N = np.where(np.arange(len(posterior_N)) < count, posterior_N, 0.0)
         return possible_N / possible_N.sum()
 
-    def _compare_languages(self, batch: list[Piece], posterior_BN: np.ndarray) -> None:
+    def _compare_languages(self, batch: list[Piece]) -> None:
         """Listens once more in each of the likeliest languages of a piece; the likeliest text tells which it is.
 
         A posterior p becomes p x exp(`_TEXT_WEIGHT` x log-probability of the text a token), among these languages;
         that of the language chosen is the reliability. Words have a say where each of the languages has a list.
         """
+        posterior_BN = np.stack([piece.heard.language_probabilities_N for piece in batch])
         order_BC = (-posterior_BN).argsort(axis=1, kind="stable")[:, :_CANDIDATES]
         heard_CB = [self._listen(batch, languages.tolist()) for languages in order_BC.T]
         with np.errstate(divide="ignore"):  # a language without any probability gets none
