@@ -10,11 +10,13 @@ REFERENCE = "whisper-int8-given"
 TITLES = {
     "voices13-attention": "MoLE on Whisper base, text decoder",
     "voices13-attention-words": "the same, with word lists",
+    "voices13-attention-words-few": "the same, and few languages expected",
     "voices13-ctc": "the same, CTC head",
     "voices13-attention-given": "the same, text decoder, language given",
     "voices13-attention-given-words": "the same, with word lists",
     "prompts5-attention": "trained on `prompts5` alone, text decoder",
     "prompts5-attention-words": "the same, with word lists",
+    "prompts5-attention-words-few": "the same, and few languages expected",
     "prompts5-ctc": "the same, CTC head",
     "prompts5-attention-given": "the same, text decoder, language given",
     "prompts5-attention-given-words": "the same, with word lists",
