@@ -57,7 +57,8 @@ def extend(
     ngrams = Path(model) / NGRAM_FILE
     if ngrams.exists():
         save_ngrams(load_ngrams(ngrams, old_tokenizer.vocab_size), Path(output) / NGRAM_FILE)
-    save_examples(load_examples(model), output)
+    if examples := load_examples(model):
+        save_examples(examples, output)
     save_model(grown, new_tokenizer, output)
     added = sum(p.numel() for p in grown.parameters()) - sum(p.numel() for p in old.parameters())
     pieces = new_tokenizer.vocab_size - old_tokenizer.vocab_size

@@ -16,10 +16,10 @@ def prune(model: str, output: str, *, languages: Sequence[str]) -> str:
     For an utterance whose language is given, or heard as one that is kept, log-probabilities and reliability are those
     of the whole model, bit for bit; on a Whisper that hears twice (`PretrainedConfig.second_hearing`), heard so both
     times, and in transcription, where the language is unsure and texts are compared, with the same languages among the
-    likeliest. Where the whole model would hear a language that was taken out, the pruned one takes the likeliest of
-    those that are left. The language tokenizer keeps its few weights for the others: how much it hears of them is part
-    of the reliability. Pieces stay for the same reason. The language probabilities of a transcript are over those that
-    are left.
+    likeliest (but where few languages are expected, which ones there are counts for all). Where the whole model would
+    hear a language that was taken out, the pruned one takes the likeliest of those that are left. The language
+    tokenizer keeps its few weights for the others: how much it hears of them is part of the reliability. Pieces stay
+    for the same reason. The language probabilities of a transcript are over those that are left.
 
     Args:
         model: folder of the trained model.

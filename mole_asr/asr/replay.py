@@ -1,14 +1,16 @@
-"""Feature replay: what the language tokenizer heard of old languages, kept in the folder of a model.
+"""Feature replay: a model keeps what its language tokenizer heard of each language, for when one is added later.
 
 Who learns a language from its recordings alone never hears what it is not, and takes all speech for it. No recording
-of the old languages is needed against that: the last layer of the language tokenizer is linear, so of an utterance the
-mean hidden vector says all (Iscen et al., "Memory-Efficient Incremental Learning Through Feature Adaptation", 2020).
+of the old languages is needed against that: the last layer of the language tokenizer is linear, so what it says of an
+utterance follows from the mean hidden vector (Iscen et al., "Memory-Efficient Incremental Learning Through Feature
+Adaptation", 2020). Of what it says of single frames (`routing_unit: frame`) only the mean is held.
 
 Letters: B batch, T frames, H hidden width, K examples of a language, M of all, N languages.
 """
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mole_asr.asr.generations import mixture_of
+from mole_asr.asr.generations import generations_of, mixture_of
 from mole_asr.corpus.batch import Batch
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path
 
-EXAMPLES_FILE = "examples.safetensors"
+log = logging.getLogger(__name__)
+
+EXAMPLES_FILE = "language_examples.safetensors"
 """In the folder of a model."""
 # Of each language, at most: 20 kB.
 MOST_EXAMPLES = 50
@@ -43,36 +47,69 @@ def hear_examples(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tenso
     heard: dict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
         batch = batch.to(next(model.parameters()).device)
-        output = model(batch.audio_BS, batch.audio_lengths_B)
+        # Told the language, so that a Whisper does not ask its decoder; the language tokenizer hears the same.
+        output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
         hidden_BTH, lengths_B = output.decision.evidence.hidden_BTH.float(), output.decision.context.rows.lengths_B
         for hidden_TH, frames, language in zip(hidden_BTH, lengths_B, batch.languages_B.tolist(), strict=True):
             if language >= 0:
                 heard[mixture_of(model).languages[language]].append(hidden_TH[:frames].mean(0).cpu())
-    return {code: torch.stack(each[:: -(-len(each) // MOST_EXAMPLES)]) for code, each in heard.items()}
+    return {code: torch.stack(_some(each)) for code, each in heard.items()}
+
+
+def _some(vectors: list[Tensor]) -> list[Tensor]:
+    """As many as are kept, evenly: batches are sorted by length."""
+    places = torch.linspace(0, len(vectors) - 1, min(len(vectors), MOST_EXAMPLES)).long()
+    return [vectors[place] for place in places]
 
 
 class Replay(nn.Module):
     """The cross-entropy of a language tokenizer on examples of old languages.
 
     Args:
-        examples: of each language [K, H]; at least of one.
-        languages: codes of the model, N.
+        hidden_MH: the examples.
+        languages_M: int64, their languages.
     """
 
     hidden_MH: Tensor
     languages_M: Tensor
 
-    def __init__(self, examples: Mapping[str, Tensor], languages: Sequence[str]) -> None:
+    def __init__(self, hidden_MH: Tensor, languages_M: Tensor) -> None:
         super().__init__()
-        codes = [code for code in languages if code in examples]
-        ids = [languages.index(code) for code in codes for _ in examples[code]]
-        self.register_buffer("hidden_MH", torch.cat([examples[code] for code in codes]), persistent=False)
-        self.register_buffer("languages_M", torch.tensor(ids), persistent=False)
+        self.register_buffer("hidden_MH", hidden_MH, persistent=False)
+        self.register_buffer("languages_M", languages_M, persistent=False)
 
     def forward(self, model: nn.Module) -> Tensor:
         """The loss, a mean over the examples."""
         logits_MN = mixture_of(model).language_tokenizer.languages(self.hidden_MH)
         return functional.cross_entropy(logits_MN.float(), self.languages_M)
+
+
+def replay_of(examples: Mapping[str, Tensor], model: nn.Module) -> Replay | None:
+    """The replay for the training of a model's last generation; None without examples. Says which languages lack them.
+
+    Args:
+        examples: of each language [K, H].
+        model: a recogniser that has grown.
+
+    Raises:
+        MoleError: they are of another model.
+    """
+    mixture = mixture_of(model)
+    old = mixture.languages[: mixture.num_languages - generations_of(model)[-1].languages]
+    if lacking := [code for code in old if code not in examples]:
+        log.warning(
+            "model.freeze_old: the model keeps no examples of %s, which may be taken for the new language; write it anew "
+            "with validation utterances of them, or put some of them among the recordings",
+            ", ".join(lacking),
+        )
+    kept = [(n, examples[code]) for n, code in enumerate(old) if code in examples]
+    if not kept:
+        return None
+    width = mixture.language_tokenizer.languages.in_features
+    if any(each.shape[1:] != (width,) for _, each in kept):
+        raise MoleError(f"{EXAMPLES_FILE}: is not of this model; delete it, or copy the model's folder anew")
+    ids = [n for n, each in kept for _ in each]
+    return Replay(torch.cat([each for _, each in kept]), torch.tensor(ids))
 
 
 def save_examples(examples: Mapping[str, Tensor], folder: str | Path) -> None:

@@ -21,7 +21,7 @@ from mole_asr.asr.losses import losses
 from mole_asr.asr.model import EncoderConfig, MoleModel
 from mole_asr.asr.muon import OptimizerConfig, build_optimizer
 from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel, from_checkpoint
-from mole_asr.asr.replay import Replay, load_examples
+from mole_asr.asr.replay import Replay, load_examples, replay_of
 from mole_asr.asr.resumable_task import ResumableTask
 from mole_asr.audio.augment import SpecAugment
 from mole_asr.corpus.batch import Batch
@@ -126,13 +126,15 @@ class MoleTask(ResumableTask):
                 merge_generations(self.model)
             if (ngrams := Path(init_from) / NGRAM_FILE).exists():
                 self.old_ngrams = load_ngrams(ngrams, old_tokenizer.vocab_size)
-            self.old_examples = load_examples(init_from)
         _refuse_unused(optimizer, fine_tuning, isinstance(self.model, PretrainedModel))
         if freeze_old and init_from is None:
             raise MoleError("model.freeze_old: there is nothing old; give model.init_from, or leave it out")
         self.freeze_old = freeze_old
         self._trained = train_last_generation(self.model) if freeze_old else []
-        self.replay = Replay(self.old_examples, languages) if freeze_old and self.old_examples else None
+        self.replay: Replay | None = None
+        if freeze_old and init_from is not None:
+            self.old_examples = load_examples(init_from)
+            self.replay = replay_of(self.old_examples, self.model)
         self.model.feature_augment = SpecAugment() if spec_augment else None
         # Of each language: character errors, those of the CTC head alone, characters of the references; and its longest
         # utterance, decoded.

@@ -89,9 +89,10 @@ def transcribe(
         head: which head of the model writes, where it has two: attention (the default) or ctc, which is faster.
         precision: 32-true, or bf16-mixed, which is faster where the processor has bfloat16 products.
         words: folder of word lists (`mole-asr prepare words`), which score within the attention head's search.
-        few_languages: true: the recordings are in the same few languages, which need not be named; how often each is
-            heard counts where one is unsure, so the text of a recording may depend on the others. For the attention
-            head.
+        few_languages: true: the recordings are in the same few languages, which need not be named, as in a folder of
+            short clips. How often each is heard in a quarter of an hour of sound counts for all of it, so a text
+            depends on the recordings around it, and a lone language among many others may be overheard. For the
+            attention head; the first text comes later.
         lm: folder of a language model (`mole-asr fit --config conf/text/...`) that helps the CTC head.
         lm_mode: rescore (any language model: the texts that the search has found get a new order) or fusion (one that
             was trained with the recogniser's tokenizer: it scores within the search).
@@ -121,8 +122,7 @@ def transcribe(
     transcriber = load(model)
     transcriber.precision = precision
     _choose(transcriber, beam, head, words)
-    if few_languages:
-        transcriber.use_few_languages()
+    transcriber.few_languages = few_languages
     if lm is not None:
         transcriber.use_language_model(lm, lm_mode)
     transcriber.choose_weights(weights)

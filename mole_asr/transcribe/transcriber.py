@@ -76,7 +76,8 @@ class Transcriber:
         decoder: of the CTC head: its n-grams, its beam, its weights.
         text_beam: drafts that the text decoder keeps; 1 is greedy.
         words: word lists by language: they help the attention head choose among its drafts, and among languages.
-        few_languages: whether the recordings are taken to be in the same few languages (see `few_languages.py`).
+        few_languages: whether recordings are taken to be in the same few languages, for the attention head, where no
+            language is given (see `few_languages.py`).
         head: "attention" writes with the text decoder of a model that has one, "ctc" with the CTC head alone.
         precision: "32-true", or "bf16-mixed": faster where the processor has bfloat16 products.
         failures: (id, reason) of each input of the last call that could not be read and was skipped.
@@ -119,8 +120,12 @@ class Transcriber:
             An iterator of one transcript for each input that can be read; the others are in `failures`.
 
         Raises:
-            MoleError: the model does not know the language.
+            MoleError: the model does not know the language, or few languages are expected where that says nothing.
         """
+        if self.few_languages and self.head != "attention":
+            raise MoleError(f"few-languages: serves the attention head; {self._where_it_is()}")
+        if self.few_languages and language is not None:
+            raise MoleError(f"few-languages: the language is given, {language}; leave one of the two out")
         language_id = None if language is None else self._language_id(language)
         self.failures = []
         if isinstance(inputs, str | Path | np.ndarray) or hasattr(inputs, "audio_path"):
@@ -191,24 +196,12 @@ class Transcriber:
         Raises:
             MoleError: there is none of a language of the model, or the attention head does not write.
         """
-        self._need_attention_head("words")
+        if self.head != "attention":
+            raise MoleError(f"words: serve the attention head; {self._where_it_is()}")
         self.words = load_words(folder, self.model.languages)
 
-    def use_few_languages(self) -> None:
-        """Takes recordings to be in the same few languages, which need not be named.
-
-        Raises:
-            MoleError: the attention head does not write.
-        """
-        self._need_attention_head("few-languages")
-        self.few_languages = True
-
-    def _need_attention_head(self, option: str) -> None:
-        if self.head != "attention":
-            has = self.model.attention_head is not None
-            raise MoleError(
-                f"{option}: serves the attention head; " + ("leave --head ctc out" if has else "the model has none")
-            )
+    def _where_it_is(self) -> str:
+        return "the model has none" if self.model.attention_head is None else "leave --head ctc out"
 
     def _language_id(self, language: str) -> int:
         known = list(self.model.languages)
@@ -234,7 +227,8 @@ class Transcriber:
 
     def _windows(self, inputs: Iterable[Input], window_s: float) -> Iterator[list[Recording]]:
         window: list[Recording] = []
-        seconds, wanted_s = 0.0, _FIRST_WINDOW * window_s
+        # The prior of few languages is that of a window.
+        seconds, wanted_s = 0.0, window_s if self.few_languages else _FIRST_WINDOW * window_s
         for index, item in enumerate(inputs):
             try:
                 name, audio_S = read_input(item, index)
@@ -249,7 +243,10 @@ class Transcriber:
         yield window
 
     def _reconsider(self, pieces: list[Piece], batch_seconds: float) -> None:
-        """Compares the likeliest languages of those pieces whose language is unsure."""
+        """Compares the likeliest languages where that is unsure, or not the one that the piece was written in.
+
+        Where few languages are expected, what is heard of a piece depends on all of these.
+        """
         posterior_PN = np.stack([self._possible(piece.heard.language_probabilities_N) for piece in pieces])
         written_P = posterior_PN.argmax(1)
         if self.few_languages:
@@ -257,7 +254,7 @@ class Transcriber:
         unsure_P = (posterior_PN.max(1) < _SURE) | (posterior_PN.argmax(1) != written_P)
         for piece, posterior_N, unsure in zip(pieces, posterior_PN, unsure_P, strict=True):
             if unsure or self.few_languages:
-                piece.heard.language_probabilities_N = posterior_N
+                piece.heard.language_probabilities_N, piece.heard.reliability = posterior_N, float(posterior_N.max())
         for batch in batches([pieces[place] for place in unsure_P.nonzero()[0]], batch_seconds):
             self._compare_languages(batch)
 

@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from mole_asr.asr.pretrained import PretrainedModel
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer
+from mole_asr.decode.word import Word
 from mole_asr.decode.words import WordList
 from mole_asr.errors import MoleError
 from mole_asr.transcribe import transcriber
@@ -120,18 +121,33 @@ def test_few_languages_hold_together(
         told.append(languages)
         heard = [[0.97, 0.02, 0.01]] * 8 + [[0.0, 0.45, 0.55]] + [[0.40, 0.05, 0.55]]
         rows = [round(float(piece.audio_S[0])) for piece in batch]
-        return [Heard([], 0.5, np.array(heard[row])) for row in rows]
+        languages = languages or [int(np.argmax(heard[row])) for row in rows]
+        spoken = [[Word(LANGUAGES[n], 0.0, 1.0, 1.0)] for n in languages]
+        return [Heard(words, 0.5, np.array(heard[row])) for row, words in zip(rows, spoken, strict=True)]
 
     monkeypatch.setattr(listener, "_listen", listen)
     monkeypatch.setattr(transcriber, "_SURE", 0.5)  # both of the last are sure by themselves
     # One second each, the number of the piece in its first sample.
     waves = [np.r_[np.float32(row), np.full(15999, 0.1, np.float32)] for row in range(10)]
-    assert [each.language for each in listener.transcribe(waves)] == [LANGUAGES[0]] * 8 + [LANGUAGES[2]] * 2
+    before = list(listener.transcribe(waves))
+    assert [each.language for each in before] == [LANGUAGES[0]] * 8 + [LANGUAGES[2]] * 2
     assert told == [None], "nothing is unsure"
-    listener.use_few_languages()
+    listener.few_languages = True
     after = list(listener.transcribe(waves))
     assert [each.language for each in after] == [LANGUAGES[0]] * 8 + [LANGUAGES[2], LANGUAGES[0]]
-    assert after[0].language_probabilities[LANGUAGES[0]] > 0.9, "one that is sure stays so"
+    assert all(each.text == each.language for each in after), "it is written in the language that it is said to be in"
+    assert told[1] is None and sorted(map(str, told[2:])) == ["[0]", "[1]", "[2]"], "only the last is compared"
+    first = after[0].language_probabilities[LANGUAGES[0]]
+    assert 0.9 < first < 0.97 and after[0].reliability == first, "sure, but softened"
+    # In one window, whatever its length: else the first, of a quarter of the batch's seconds, would end here.
+    assert [each.language for each in listener.transcribe(waves, batch_seconds=4.0)] == [e.language for e in after]
+
+
+def test_few_languages_are_refused_where_they_say_nothing(model: PretrainedModel, tokenizer: TextTokenizer) -> None:
+    listener, wave = Transcriber(model.eval(), tokenizer), np.zeros(16000, np.float32)
+    listener.few_languages = True
+    with pytest.raises(MoleError, match=r"^few-languages: the language is given, en; leave one of the two out$"):
+        listener.transcribe(wave, language="en")
     listener.choose_head("ctc")
     with pytest.raises(MoleError, match=r"^few-languages: serves the attention head; leave --head ctc out$"):
-        listener.use_few_languages()
+        listener.transcribe(wave)

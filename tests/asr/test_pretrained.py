@@ -231,7 +231,7 @@ def test_word_lists_serve_the_search(
     assert asked[0][2]("ab", True) == pytest.approx(wanted) == asked[0][2]("a", False)
     assert asked[0][2]("a", True) < wanted
     listener.choose_head("ctc")
-    with pytest.raises(MoleError, match=r"^words: serves the attention head; leave --head ctc out$"):
+    with pytest.raises(MoleError, match=r"^words: serve the attention head; leave --head ctc out$"):
         listener.use_words(tmp_path)
 
 
