@@ -98,8 +98,8 @@ def replay_of(examples: Mapping[str, Tensor], model: nn.Module) -> Replay | None
     old = mixture.languages[: mixture.num_languages - generations_of(model)[-1].languages]
     if lacking := [code for code in old if code not in examples]:
         log.warning(
-            "model.freeze_old: the model keeps no examples of %s, which may be taken for the new language; write it anew "
-            "with validation utterances of them, or put some of them among the recordings",
+            "model.freeze_old: the model keeps no examples of %s, which may be taken for the new language; write it "
+            "anew with validation utterances of them, or put some of them among the recordings",
             ", ".join(lacking),
         )
     kept = [(n, examples[code]) for n, code in enumerate(old) if code in examples]
