@@ -76,6 +76,7 @@ def test_what_lacks_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     save_model(make_model(), tokenizer, tmp_path / "old")
+    save_examples({"en": torch.zeros(1, 1)}, tmp_path / "new")  # what is left of another model
     extend(str(tmp_path / "old"), str(tmp_path / "new"), languages=["nl"])
     assert not (tmp_path / "new" / EXAMPLES_FILE).exists(), "there are none"
     model, _ = load_model(tmp_path / "new")
