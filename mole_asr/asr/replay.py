@@ -44,15 +44,16 @@ def hear_examples(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tenso
         Of each language the mean hidden vectors [K, H] of some of its utterances, taken evenly.
     """
     model.eval()
+    languages, device = mixture_of(model).languages, next(model.parameters()).device
     heard: dict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
-        batch = batch.to(next(model.parameters()).device)
+        batch = batch.to(device)
         # Told the language, so that a Whisper does not ask its decoder; the language tokenizer hears the same.
         output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
         hidden_BTH, lengths_B = output.decision.evidence.hidden_BTH.float(), output.decision.context.rows.lengths_B
         for hidden_TH, frames, language in zip(hidden_BTH, lengths_B, batch.languages_B.tolist(), strict=True):
             if language >= 0:
-                heard[mixture_of(model).languages[language]].append(hidden_TH[:frames].mean(0).cpu())
+                heard[languages[language]].append(hidden_TH[:frames].mean(0).cpu())
     return {code: torch.stack(_some(each)) for code, each in heard.items()}
 
 

@@ -72,7 +72,6 @@ def test_what_lacks_is_said(
     make_model: Callable[..., MoleModel],
     tokenizer: TextTokenizer,
     tmp_path: Path,
-    batch: Batch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     save_model(make_model(), tokenizer, tmp_path / "old")
