@@ -1,47 +1,16 @@
 """All backends against the reference, and the reference against a computation written out by hand."""
 
-import copy
 import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mole_asr.moe import Experts, PackedRows, RoutingPlan, choose_backend, dispatch
-from mole_asr.moe.backends import products, tiles
-from mole_asr.moe.experts import ExpertWeights, activate, feed_forward
-
-ACTIVATIONS = ["relu", "silu", "gelu", "swiglu"]
-# Of an output and of a gradient: error / size of the reference, both as norms.
-BOUNDS = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1e-2, 2e-2)}
-
-
-def make_experts(num_experts: int = 3, d_model: int = 5, d_ff: int = 7, **kwargs) -> Experts:
-    kwargs = {"activation": "silu", "bias": True, "shared": True, **kwargs}
-    return Experts(num_experts, d_model, d_ff, **kwargs).double()
-
-
-def experts_and_rows(backend: str, num_rows: int, **kwargs) -> tuple[Experts, Tensor]:
-    """Three experts and rows, of a type and width that the backend computes."""
-    if backend == "grouped_mm":
-        return make_experts(d_model=8, d_ff=12, **kwargs).float(), torch.randn(num_rows, 8)
-    return make_experts(**kwargs), torch.randn(num_rows, 5, dtype=torch.float64)
-
-
-def make_plan(
-    units: int,
-    num_experts: int,
-    top_k: int,
-    segments: Tensor | None = None,
-    shared: bool = True,
-    sentinels: bool = True,
-) -> RoutingPlan:
-    ids = torch.randint(0, num_experts + sentinels, (units, top_k), dtype=torch.int32)
-    gates = torch.randn(units, top_k, dtype=torch.float64, requires_grad=True)
-    shared_gates = torch.randn(units, dtype=torch.float64, requires_grad=True) if shared else None
-    return RoutingPlan(ids, gates, num_experts, "token" if segments is None else "segment", segments, shared_gates)
+from mole_asr.moe.backends import tiles
+from mole_asr.moe.experts import ExpertWeights, feed_forward
+from tests.moe.dispatched import ACTIVATIONS, assert_same, cases, experts_and_rows, gradients, make_experts, make_plan
 
 
 def by_hand(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
@@ -63,42 +32,6 @@ def by_hand(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros_like(x_ND)
 
 
-def gradients(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend) -> list[Tensor]:
-    """The output, then the gradient of a lopsided loss in everything that can have one."""
-    x_ND = x_ND.detach().requires_grad_()
-    y_ND = dispatch(x_ND, plan, experts, backend) if isinstance(backend, str) else backend(x_ND, plan, experts)
-    weights = torch.linspace(-1, 2, y_ND.numel()).bfloat16().view_as(y_ND)  # the same numbers in every type
-    inputs = [x_ND, plan.gates, *experts.parameters()]
-    inputs += [] if plan.shared_gates is None else [plan.shared_gates]
-    loss = (y_ND * weights).sum() + 0 * sum(i.sum() for i in inputs)
-    return [y_ND, *torch.autograd.grad(loss, inputs)]
-
-
-def assert_same(left: list[Tensor], right: list[Tensor], **tolerance) -> None:
-    for a, b in zip(left, right, strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
-
-
-def in_double(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> list[Tensor]:
-    """What the reference gives for the same numbers in float64."""
-
-    def leaf(gates: Tensor | None) -> Tensor | None:
-        return None if gates is None else gates.detach().double().requires_grad_()
-
-    same = RoutingPlan(
-        plan.expert_ids, leaf(plan.gates), plan.num_experts, plan.layout, plan.segments, leaf(plan.shared_gates)
-    )
-    return gradients(x_ND.double(), same, copy.deepcopy(experts).double(), "reference")
-
-
-def assert_close_to_double(x_ND: Tensor, plan: RoutingPlan, experts: Experts, backend: str) -> None:
-    """Output and gradients of rows in float32 or bfloat16, against the reference in float64."""
-    found = gradients(x_ND, plan, experts, backend)
-    for index, (mine, their) in enumerate(zip(found, in_double(x_ND, plan, experts), strict=True)):
-        bound = BOUNDS[x_ND.dtype][index > 0]
-        assert (mine - their).norm() <= bound * (their.norm() + their.numel() ** 0.5), (backend, index)
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment"])
@@ -108,22 +41,6 @@ def test_backend_equals_the_sum_written_out(backend: str, bias: bool, activation
     plan = make_plan(5, 3, 2, rows.segments_B1)
     x_ND = torch.randn(10, 5, dtype=torch.float64)
     assert_same(gradients(x_ND, plan, experts, backend), gradients(x_ND, plan, experts, by_hand))
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[int, dict]:
-    return draw(st.integers(0, 2**16)), {
-        "num_experts": draw(st.integers(1, 9)),
-        "top_k": draw(st.integers(1, 3)),
-        "d_model": draw(st.integers(1, 9)),
-        "d_ff": draw(st.integers(1, 9)),
-        "activation": draw(st.sampled_from(ACTIVATIONS)),
-        "bias": draw(st.booleans()),
-        "shared": draw(st.booleans()),
-        "same_expert": draw(st.booleans()),
-        "lengths": draw(st.lists(st.integers(0, 12), max_size=6)),
-        "tile": draw(st.integers(1, 20)),
-    }
 
 
 @settings(max_examples=80, deadline=None)
@@ -148,70 +65,6 @@ def test_backends_equal_the_reference(case: tuple[int, dict]) -> None:
         token_plan = make_plan(rows.num_rows, c["num_experts"], c["top_k"], shared=c["shared"])
         expected = gradients(x_ND, token_plan, experts, "reference")
         assert_same(gradients(x_ND, token_plan, experts, "cpu_tiled"), expected)
-
-
-@settings(max_examples=60, deadline=None)
-@given(cases(), st.sampled_from(list(BOUNDS)))
-def test_backends_in_float32_and_bfloat16(case: tuple[int, dict], dtype: torch.dtype) -> None:
-    seed, c = case
-    torch.manual_seed(seed)
-    d_model, d_ff = 8 * c["d_model"], 8 * c["d_ff"]  # what grouped_mm can compute
-    kwargs = {name: c[name] for name in ("activation", "bias", "shared")}
-    experts = Experts(c["num_experts"], d_model, d_ff, **kwargs).to(dtype)
-    rows = PackedRows.from_lengths(torch.tensor(c["lengths"], dtype=torch.long), max(c["lengths"], default=0))
-    x_ND = torch.randn(rows.num_rows, d_model, dtype=dtype)
-    if c["same_expert"]:  # rows need not lie together in memory
-        x_ND = torch.randn(d_model, rows.num_rows, dtype=dtype).t()
-    for layout, backends in (
-        ("segment", ["segment", "cpu_tiled"]),
-        ("token", ["cpu_tiled", "grouped_mm", "reference"]),
-    ):
-        units, segments = (len(c["lengths"]), rows.segments_B1) if layout == "segment" else (rows.num_rows, None)
-        double = make_plan(units, c["num_experts"], c["top_k"], segments, c["shared"])
-        if c["same_expert"]:
-            double.expert_ids.fill_(c["num_experts"] - 1)
-        gates = double.gates.detach().float().requires_grad_()
-        shared_gates = double.shared_gates.detach().float().requires_grad_() if c["shared"] else None
-        plan = RoutingPlan(double.expert_ids, gates, c["num_experts"], layout, segments, shared_gates)
-        with pytest.MonkeyPatch.context() as patch:
-            for module in ("cpu_tiled", "segment"):
-                patch.setattr(f"mole_asr.moe.backends.{module}.tile_rows", lambda *_: c["tile"])
-            for backend in backends:
-                assert_close_to_double(x_ND, plan, experts, backend)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-@pytest.mark.parametrize("fused", [True, False])
-def test_products(fused: bool, activation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not fused:
-        monkeypatch.setattr(products, "_has_fused", lambda *_: False)
-    x_nI, w_OI, b_O = torch.randn(37, 24).to(dtype), torch.randn(16, 24).to(dtype), torch.randn(16).to(dtype)
-    z_nO = x_nI.double() @ w_OI.double().t()
-    for bias, expected in ((b_O, z_nO + b_O), (None, z_nO)):
-        expected = expected if activation is None else activate(expected, activation)
-        found = products.linear(x_nI, w_OI, bias, activation)
-        assert (found - expected).norm() / expected.norm() < BOUNDS[dtype][0]
-        assert found.dtype == dtype
-    assert (products.matmul(x_nI, w_OI.t()) - z_nO).norm() / z_nO.norm() < BOUNDS[dtype][0]
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "grouped_mm"])
-def test_no_rows_and_no_slots(backend: str) -> None:
-    experts = Experts(3, 8, 16, shared=True)
-    for num_rows, top_k in ((0, 2), (4, 0), (0, 0)):
-        ids = torch.zeros(num_rows, top_k, dtype=torch.int32)
-        gates, shared_gates = torch.rand(num_rows, top_k), torch.rand(num_rows)
-        plan = RoutingPlan(ids, gates.requires_grad_(), 3, shared_gates=shared_gates.requires_grad_())
-        assert_close_to_double(torch.randn(num_rows, 8), plan, experts, backend)
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment", "grouped_mm"])
-def test_gradients_of_biases_are_sums_over_many_rows(backend: str) -> None:
-    experts = Experts(2, 8, 16).bfloat16()
-    ids, gates = torch.tensor([[1], [0]], dtype=torch.int32), torch.ones(2, 1, requires_grad=True)
-    plan = RoutingPlan(ids, gates, 2, "segment", torch.tensor([0, 9000, 9005]))
-    assert_close_to_double(torch.randn(9005, 8).bfloat16(), plan, experts, backend)
 
 
 def test_grouped_mm_says_what_it_cannot_group() -> None:
@@ -335,40 +188,6 @@ def test_an_expert_without_rows_has_a_gradient_of_exactly_zero(backend: str) -> 
     assert experts.shared_w1_FD.grad is None, "what the plan leaves out is not even decayed by an optimizer"
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu_tiled", "segment", "grouped_mm"])
-def test_bfloat16_autocast_is_close_to_float32(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("cpu_tiled", "segment"):  # several tiles an expert
-        monkeypatch.setattr(f"mole_asr.moe.backends.{module}.tile_rows", lambda *_: 48)
-    experts = Experts(5, 48, 96, "silu", shared=True)
-    segments = torch.tensor([0, 40, 100, 130, 200])
-    gates = torch.rand(4, requires_grad=True)
-    ids = torch.tensor([[0], [1], [1], [4]], dtype=torch.int32)
-    plan = RoutingPlan(ids, gates[:, None], 5, "segment", segments, 1 - gates)
-
-    def run(autocast: bool) -> list[Tensor]:
-        x_ND = torch.randn(200, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y_ND = dispatch(x_ND, plan, experts, backend)
-        assert y_ND.dtype == torch.float32
-        inputs = [x_ND, gates, *experts.parameters()]
-        return [y_ND, *torch.autograd.grad(y_ND.square().sum(), inputs, retain_graph=True)]
-
-    for low, full in zip(run(True), run(False), strict=True):
-        assert low.dtype == full.dtype
-        assert 0 < (low - full).norm() / full.norm() < 1e-2
-
-
-@pytest.mark.parametrize("backend", ["cpu_tiled", "segment", "grouped_mm"])
-def test_bfloat16_rows_and_parameters_without_autocast(backend: str) -> None:
-    experts = make_experts(d_model=32, d_ff=64).bfloat16()
-    plan = make_plan(3, 3, 2, torch.tensor([0, 30, 50, 90]))
-    x_ND = torch.randn(90, 32).bfloat16()
-    y_ND = dispatch(x_ND, plan, experts, backend)
-    assert y_ND.dtype == torch.bfloat16
-    expected = dispatch(x_ND.double(), plan, experts.double(), "reference")
-    assert (y_ND - expected).norm() / expected.norm() < 1e-2
-
-
 def test_frozen_experts_still_pass_the_gradient_on() -> None:
     experts = make_experts().requires_grad_(False)
     plan = make_plan(2, 3, 1, torch.tensor([0, 4, 9]))
@@ -429,26 +248,6 @@ def test_ids_that_no_expert_has_are_refused(backend: str, wrong: int) -> None:
     plan.expert_ids[1] = wrong
     with pytest.raises(ValueError, match=r"expert_ids must lie in 0\.\.3, found"):
         dispatch(torch.randn(9, 5, dtype=torch.float64), plan, make_experts(), backend)
-
-
-@pytest.mark.parametrize("backend", ["cpu_tiled", "segment"])
-def test_gradients_in_bfloat16_are_summed_in_float32(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of tiles: a sum in bfloat16 would stand still at some hundred times an addend."""
-    monkeypatch.setattr(f"mole_asr.moe.backends.{backend}.tile_rows", lambda *_: 16)
-    experts = Experts(1, 8, 8, "silu", bias=True).bfloat16()
-    x_ND = (torch.randn(8000, 8) + 0.5).bfloat16()
-    plan = RoutingPlan(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), 1, "segment", torch.tensor([0, 8000]))
-
-    def errors(which: str) -> list[float]:
-        exact = copy.deepcopy(experts).double()
-        dispatch(x_ND.double(), plan, exact, "reference").sum().backward()
-        mine = copy.deepcopy(experts)
-        dispatch(x_ND, plan, mine, which).sum().backward()
-        pairs = zip(mine.parameters(), exact.parameters(), strict=True)
-        return [float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in pairs]
-
-    for found, plain in zip(errors(backend), errors("reference"), strict=True):
-        assert found <= 1.5 * plain + 1e-3
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
