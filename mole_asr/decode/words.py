@@ -22,7 +22,7 @@ _UNKNOWN, _LETTER = -18.0, -0.7
 # A recogniser may have learned a language without its accents; words without them count by this less.
 _PLAIN = 0.1
 # What the words of a text count beside its sound.
-WEIGHT = 0.15
+WEIGHT = 0.1
 _REMEMBERED = 4096  # beginnings of texts: all drafts of an utterance, and all their next tokens, share a few
 
 
