@@ -15,13 +15,6 @@ from mole_asr.audio.features import valid_mask
 from mole_asr.audio.read import resample
 from mole_asr.errors import MoleError
 
-# A room: the time in which its sound falls by 60 dB, and how much louder the direct sound is than all that.
-_DECAY_S = (0.1, 0.6)
-_DIRECT_TO_REVERBERANT_DB = (0.0, 15.0)
-# A microphone: the octaves above 1 Hz (64 Hz to 8 kHz) at each of which its gain is drawn, and how much that may be.
-_OCTAVES = (6, 14)
-_MICROPHONE_DB = 6.0
-
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -30,7 +23,6 @@ class AugmentConfig:
     Attributes:
         speed_probability: how often the speed (and with it the pitch) is changed.
         speeds: factors to draw from; above 1 is faster.
-        room_probability: how often the audio sounds as if from another room and microphone (`through_room`).
         noise_probability: how often white or pink noise is added.
         min_snr_db: loudest noise, as a signal-to-noise ratio.
         max_snr_db: softest noise.
@@ -42,7 +34,6 @@ class AugmentConfig:
 
     speed_probability: float = 0.8
     speeds: tuple[float, ...] = (0.9, 0.95, 1.05, 1.1)
-    room_probability: float = 0.0
     noise_probability: float = 0.3
     min_snr_db: float = 10.0
     max_snr_db: float = 40.0
@@ -52,8 +43,7 @@ class AugmentConfig:
     max_gain_db: float = 6.0
 
     def __post_init__(self) -> None:
-        for change in ("speed", "room", "noise", "telephone", "gain"):
-            name = f"{change}_probability"
+        for name in ("speed_probability", "noise_probability", "telephone_probability", "gain_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise MoleError(f"{name}: {getattr(self, name)} is no probability; give a number from 0 to 1")
         for name in ("snr_db", "gain_db"):
@@ -87,9 +77,6 @@ def augment(audio_S: np.ndarray, config: AugmentConfig, rng: np.random.Generator
     """
     if rng.random() < config.speed_probability:
         audio_S = change_speed(audio_S, float(rng.choice(config.speeds)), sampling_rate_hz)
-    # Without rooms nothing is drawn for them: such trainings stay as they were before there were any.
-    if config.room_probability and rng.random() < config.room_probability:
-        audio_S = through_room(audio_S, rng, sampling_rate_hz)
     if rng.random() < config.noise_probability:
         audio_S = add_noise(audio_S, rng.uniform(config.min_snr_db, config.max_snr_db), rng)
     if rng.random() < config.telephone_probability:
@@ -102,28 +89,6 @@ def augment(audio_S: np.ndarray, config: AugmentConfig, rng: np.random.Generator
 def change_speed(audio_S: np.ndarray, speed: float, sampling_rate_hz: int) -> np.ndarray:
     """Plays float32 [S] `speed` times as fast: float32 [ceil(S / speed)], pitch moved by the same factor."""
     return resample(audio_S, round(sampling_rate_hz * speed), sampling_rate_hz)
-
-
-def through_room(audio_S: np.ndarray, rng: np.random.Generator, sampling_rate_hz: int) -> np.ndarray:
-    """Float32 [S] as a random microphone in a random room would hear it: as long, and with as much power.
-
-    The room: decaying white noise behind the direct sound (Polack's model of late reverberation; Habets, "Single- and
-    Multi-Microphone Speech Dereverberation", 2007, section 2.2). The microphone: a gain that varies smoothly over
-    the octaves.
-    """
-    decay_s, direct_db = rng.uniform(*_DECAY_S), rng.uniform(*_DIRECT_TO_REVERBERANT_DB)
-    time_R = np.arange(round(decay_s * sampling_rate_hz)) / sampling_rate_hz
-    response_R = rng.standard_normal(len(time_R)) * 10 ** (-3 * time_R / decay_s)  # by 60 dB within `decay_s`
-    response_R *= 10 ** (-direct_db / 20) / np.linalg.norm(response_R)
-    response_R[0] = 1
-    size = 1 << (len(audio_S) + len(response_R) - 1).bit_length()
-    octaves_F = np.log2(np.maximum(np.fft.rfftfreq(size, 1 / sampling_rate_hz), 1))
-    points_P = np.arange(*_OCTAVES)
-    gain_db_F = np.interp(octaves_F, points_P, rng.uniform(-_MICROPHONE_DB, _MICROPHONE_DB, len(points_P)))
-    spectrum_F = np.fft.rfft(audio_S, size) * np.fft.rfft(response_R, size) * 10 ** (gain_db_F / 20)
-    heard_S = np.fft.irfft(spectrum_F, size)[: len(audio_S)]
-    power = np.mean(np.square(heard_S))
-    return (heard_S * np.sqrt(np.mean(np.square(audio_S)) / power) if power else heard_S).astype(np.float32)
 
 
 def add_noise(audio_S: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:

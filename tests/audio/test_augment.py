@@ -4,21 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mole_asr.audio.augment import (
-    AugmentConfig,
-    SpecAugment,
-    add_noise,
-    augment,
-    change_speed,
-    telephone,
-    through_room,
-)
+from mole_asr.audio.augment import AugmentConfig, SpecAugment, add_noise, augment, change_speed, telephone
 from mole_asr.errors import MoleError
 
 RATE_HZ = 16000
-EVERYTHING = AugmentConfig(
-    1.0, room_probability=1.0, noise_probability=1.0, telephone_probability=1.0, gain_probability=1.0
-)
+EVERYTHING = AugmentConfig(1.0, noise_probability=1.0, telephone_probability=1.0, gain_probability=1.0)
 NOTHING = AugmentConfig(0.0, noise_probability=0.0, telephone_probability=0.0, gain_probability=0.0)
 
 
@@ -67,36 +57,6 @@ def test_noise_is_white_or_pink() -> None:
     assert slopes == {-3, 0}, "an octave higher has twice the white power (+3 dB) or the same pink power"
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_room_answers_a_click_at_once_and_then_ever_more_softly(seed: int) -> None:
-    click_S = np.zeros(2 * RATE_HZ, np.float32)
-    click_S[8000] = 1
-    heard_S = through_room(click_S, np.random.default_rng(seed), RATE_HZ)
-    assert np.abs(heard_S).argmax() == 8000
-    # Its colour rings before it, too, but softly.
-    assert np.square(heard_S[:7900]).sum() < 1e-2 * np.square(heard_S).sum()
-    power = [np.square(heard_S[8000 + a : 8000 + a + 800]).sum() for a in (100, 900, 1700, 10400)]
-    assert power[0] > power[1] > power[2] >= power[3] and power[3] < 1e-4
-
-
-def test_rooms_and_microphones_differ() -> None:
-    noise_S = np.random.default_rng(0).standard_normal(4 * RATE_HZ).astype(np.float32)
-    tilts = [
-        power_db(heard_S, 200, 400) - power_db(heard_S, 3200, 6400)
-        for heard_S in (through_room(noise_S, np.random.default_rng(seed), RATE_HZ) for seed in range(20))
-    ]
-    assert np.ptp(tilts) > 6 and abs(np.mean(tilts) + 12) < 4, "white noise: four octaves, 12 dB"
-
-
-@given(seconds=st.floats(0.001, 3.0), seed=st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
-def test_a_room_keeps_length_and_power(seconds: float, seed: int) -> None:
-    audio_S = tone(440, seconds)
-    heard_S = through_room(audio_S, np.random.default_rng(seed), RATE_HZ)
-    assert heard_S.shape == audio_S.shape and heard_S.dtype == np.float32
-    assert np.mean(heard_S**2) == pytest.approx(np.mean(audio_S**2), rel=1e-3)
-
-
 def test_a_telephone_keeps_its_band_and_its_length() -> None:
     for frequency_hz, passes in (500, True), (2500, True), (5000, False), (7000, False):
         heard_S = telephone(tone(frequency_hz)[:15999], RATE_HZ)
@@ -136,15 +96,7 @@ def test_silence_stays_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [
-        {"speed_probability": 1.5},
-        {"room_probability": -0.1},
-        {"speeds": ()},
-        {"speeds": (0.1,)},
-        {"min_snr_db": 50.0},
-        {"min_gain_db": 7.0},
-    ],
+    "bad", [{"speed_probability": 1.5}, {"speeds": ()}, {"speeds": (0.1,)}, {"min_snr_db": 50.0}, {"min_gain_db": 7.0}]
 )
 def test_bad_settings_are_named(bad: dict[str, object]) -> None:
     with pytest.raises(MoleError, match=next(iter(bad))):
