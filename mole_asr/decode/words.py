@@ -1,7 +1,9 @@
 """Word lists: whether a text consists of words of its language, and how usual they are.
 
 A text decoder that was trained on little speech writes what it hears letter by letter where it does not know a word.
-How usual words are can be had for many languages, without any speech; that tells `un escargot` from `un escarbo`.
+How usual words are can be had for many languages, without any speech; that tells `un escargot` from `un escarbo`. A
+word that is not in the list is as likely as its spelling: letters follow each other as in the words of the list. That
+tells a name, or a plural, from what no speaker would write, such as `инватюрдекурс`, which is French.
 
 A list is a file `xx.tsv` (a language's code): a line a word, the word and how often it comes, with a tab between. Words
 that are added, such as names, are given in the same unit as the others.
@@ -10,20 +12,21 @@ that are added, such as names, are given in the same unit as the others.
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from mole_asr.corpus.normalize import normalize, without_accents
+from mole_asr.decode.ngram import TokenNgram
 from mole_asr.errors import MoleError
 
-# The logarithm of the probability of a word that is not in the list: of all together, and for each letter. Chosen, with
-# the weight, on utterances of volunteers that recipes/whisper_mole does not score.
-_UNKNOWN, _LETTER = -18.0, -0.7
+# The logarithm of the probability of all words together that are not in the list.
+_UNKNOWN = -3.0
+_SPELLING_ORDER = 4  # of the n-grams of letters
 # A recogniser may have learned a language without its accents; words without them count by this less.
 _PLAIN = 0.1
 # What the words of a text count beside its sound.
 WEIGHT = 0.1
-_REMEMBERED = 4096  # beginnings of texts: all drafts of an utterance, and all their next tokens, share a few
+_REMEMBERED = 4096  # beginnings of texts, and of words: all drafts of an utterance, and all next tokens, share a few
 
 
 class WordList:
@@ -47,6 +50,7 @@ class WordList:
         self._begun: dict[str, float] = {}
         for word, log_prob in sorted(self._log_probs.items(), key=lambda item: item[1]):
             self._begun |= dict.fromkeys((word[:end] for end in range(1, len(word) + 1)), log_prob)
+        self._listed = list(counts)
         self._finished = lru_cache(_REMEMBERED)(self._sum)
 
     def __len__(self) -> int:
@@ -68,18 +72,42 @@ class WordList:
 
     def _sum(self, text: str, whole: bool = True) -> float:
         *words, last = normalize(text, self.language).split() or [""]
+        return sum(self._of(word, True) for word in words) + self._of(last, whole)
+
+    def _of(self, word: str, whole: bool) -> float:
+        """Of a word: in the list, or by its spelling, or by its parts (lists have l and eau, and not l'eau)."""
+        if not word:
+            return 0.0
         known = self._log_probs if whole else self._begun
-        return sum(_of(word, self._log_probs, self._log_probs) for word in words) + _of(last, self._log_probs, known)
+        log_prob = max(known.get(word, -math.inf), _UNKNOWN + self._spelling.log_prob(word, whole))
+        first, joined, rest = word.partition("'")
+        return max(log_prob, self._of(first, True) + self._of(rest, whole)) if joined else log_prob
+
+    @cached_property
+    def _spelling(self) -> "_Spelling":
+        return _Spelling(self._listed)
 
 
-def _of(word: str, whole: dict[str, float], known: dict[str, float]) -> float:
-    """Of a word that is among those known; or of its parts: lists have l and eau, and not l'eau."""
-    if not word or word in known:
-        return known.get(word, 0.0)
-    *parts, last = word.split("'")
-    if parts and all(part in whole for part in parts) and last in known:
-        return sum(whole[part] for part in parts) + known[last]
-    return _UNKNOWN + _LETTER * len(word)
+class _Spelling:
+    """How words of a language are spelled: n-grams of the letters of some of them, each counted once."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        words = list(words)
+        letters = sorted(set("".join(words)))
+        self._ids = {letter: place for place, letter in enumerate(letters)}
+        self._other, self._end = len(letters), len(letters) + 1  # the sign of all letters that none of them has
+        spelled = ([self._ids[letter] for letter in word] for word in words)
+        self._ngram = TokenNgram.count(spelled, vocab_size=self._end, order=_SPELLING_ORDER)
+        self._next = lru_cache(_REMEMBERED)(self._letter_log_prob)
+
+    def log_prob(self, word: str, whole: bool) -> float:
+        """Natural logarithm of the probability of a word, or of all that begin so."""
+        ids = [self._ids.get(letter, self._other) for letter in word] + [self._end] * whole
+        history = _SPELLING_ORDER - 1
+        return sum(self._next(tuple(ids[max(0, place - history) : place]), ids[place]) for place in range(len(ids)))
+
+    def _letter_log_prob(self, history: tuple[int, ...], letter: int) -> float:
+        return float(self._ngram.log_probs(history)[letter])
 
 
 def load_words(folder: str | Path, languages: Iterable[str]) -> dict[str, WordList]:
