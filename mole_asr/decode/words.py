@@ -19,7 +19,8 @@ from mole_asr.corpus.normalize import normalize, without_accents
 from mole_asr.decode.ngram import TokenNgram
 from mole_asr.errors import MoleError
 
-# The logarithm of the probability of all words together that are not in the list.
+# The logarithm of the probability of all words together that are not in the list. recipes/whisper_mole says what this,
+# the order and the weight bring.
 _UNKNOWN = -3.0
 _SPELLING_ORDER = 4  # of the n-grams of letters
 # A recogniser may have learned a language without its accents; words without them count by this less.
@@ -30,7 +31,7 @@ _REMEMBERED = 4096  # beginnings of texts, and of words: all drafts of an uttera
 
 
 class WordList:
-    """A unigram model of the words of a language.
+    """A unigram model of the words of a language; those that it does not know are spelled by n-grams of letters.
 
     Args:
         language: its code.
@@ -61,7 +62,7 @@ class WordList:
 
         Args:
             text: as it is written.
-            whole: whether the last word ends with the text; else it counts as the likeliest word that begins so.
+            whole: whether the last word ends with the text; else it counts as the likeliest that begins so.
         """
         finished, _, last = text.rpartition(" ")
         return self._finished(finished) + self._sum(last, whole)
@@ -95,7 +96,7 @@ class _Spelling:
         words = list(words)
         letters = sorted(set("".join(words)))
         self._ids = {letter: place for place, letter in enumerate(letters)}
-        self._other, self._end = len(letters), len(letters) + 1  # the sign of all letters that none of them has
+        self._other, self._end = len(letters), len(letters) + 1  # any letter that none of them has; the end
         spelled = ([self._ids[letter] for letter in word] for word in words)
         self._ngram = TokenNgram.count(spelled, vocab_size=self._end, order=_SPELLING_ORDER)
         self._next = lru_cache(_REMEMBERED)(self._letter_log_prob)
