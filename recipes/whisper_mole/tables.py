@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from mole_asr.files import atomic_path
+from matplotlib.figure import Figure
+
+from mole_asr.score.charts import save_figure
 from mole_asr.score.markdown import markdown_pictures, markdown_table, write_between_marks
 from mole_asr.score.results import ResultFile, Row, macro
 
@@ -82,12 +84,8 @@ def language_table(results: ResultFile) -> str:
 
 def draw(results: ResultFile, path: Path) -> None:
     """Word error rate a language over the hours that were trained on: ours, and Whisper's."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
     for system, marker in (("voices13-attention", "o"), ("voices13-ctc", "s"), (REFERENCE, "x")):
         rows = {code: row for code, row in rows_of(results, system, "voices13").items() if code != "all"}
         hours = [rows_of(results, "voices13-attention", "voices13")[code]["train_hours"] for code in rows]
@@ -97,5 +95,4 @@ def draw(results: ResultFile, path: Path) -> None:
             axes.annotate(code, (row["train_hours"], row["wer"]), textcoords="offset points", xytext=(4, 4))
     axes.set(xlabel="hours of training speech", ylabel="word error rate, %", ylim=(0, None))
     axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="svg", bbox_inches="tight")
+    save_figure(figure, path)
