@@ -98,7 +98,9 @@ def _check(x_ND: Tensor, plan: RoutingPlan, experts: Experts) -> None:
         raise ValueError(f"rows must be [N, {experts.d_model}] for these experts, not {tuple(x_ND.shape)}")
     if plan.layout == "token" and plan.num_units != x_ND.shape[0]:
         raise ValueError(f"the plan is for {plan.num_units} rows, not {x_ND.shape[0]}")
-    if plan.layout == "segment" and x_ND.device.type == "cpu" and plan.bounds[-1] != x_ND.shape[0]:
+    # Elsewhere the numbers would have to be waited for; a compiler does not know them.
+    known = plan.layout == "segment" and x_ND.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and plan.bounds[-1] != x_ND.shape[0]:
         raise ValueError(f"the plan's segments hold {plan.bounds[-1]} rows, not {x_ND.shape[0]}")
     if plan.num_experts != experts.num_experts:
         raise ValueError(f"the plan is for {plan.num_experts} experts, not {experts.num_experts}")

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mole_asr.moe import Experts, RoutingPlan, dispatch
+from mole_asr.moe import (
+    Experts,
+    LanguageRouter,
+    MoELayer,
+    PackedRows,
+    Router,
+    RoutingContext,
+    RoutingPlan,
+    TopKRouter,
+    dispatch,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +85,28 @@ def test_a_compiled_model_is_one_graph_for_any_number_of_rows(device: str) -> No
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
     assert graphs == 1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("layout", ["token", "segment"])
+def test_a_compiled_layer_gives_what_it_gives_uncompiled(device: str, layout: str, autocast: bool) -> None:
+    routers: dict[str, Router] = {"token": TopKRouter(6, 3, 2), "segment": LanguageRouter(3)}
+    layer = MoELayer(6, 7, 3, routers[layout], shared_expert=layout == "segment", backend="triton").to(device)
+    rows = PackedRows.from_lengths(torch.tensor([5, 3], device=device), 5)
+    logits_BN = torch.randn(2, 3, device=device)
+
+    def model(x_BTD: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            return layer(x_BTD, rows=rows, context=RoutingContext(rows=rows, language_logits=logits_BN))[0]
+
+    x_BTD = torch.randn(2, 5, 6, device=device, requires_grad=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(x_BTD), model(x_BTD)
+    torch.testing.assert_close(found, expected)
+    inputs = [x_BTD, *layer.experts.parameters()]
+    gradients = [torch.autograd.grad(y_BTD.float().square().sum(), inputs) for y_BTD in (found, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("case", ["bfloat16 90", "float32 80"])
