@@ -75,7 +75,7 @@ def test_the_whole_command(
         assert (row["language_id_accuracy"] is None) == row["told"]
     old = [row for row in rows if row["language"] in ("en", "ru")]
     assert {row["utterances"] for row in old} == {3}
-    # To the last bit: only who is heard in the new language may be transcribed otherwise.
+    # In all digits of a transcript: only who is heard in the new language may be transcribed otherwise.
     assert all(row["changed"] <= row["heard_as_new"] for row in old)
     assert not any(row["changed"] for row in old if row["told"] or row["stage"] not in KNOWS_NEW)
     parameters = {row["stage"]: row["total_parameters"] for row in rows}

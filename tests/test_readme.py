@@ -6,7 +6,6 @@ A ```bash or ```python block behind a line `<!-- test -->` is run. Of a ```bash 
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,17 +51,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo = folder / "data" / "prompts5"
     train_tokenizer(demo / "cuts_train.jsonl", demo / "tokenizer", byte_fallback=False, model_type="char")
     save_tiny_model(folder / "runs" / "prompts5" / "model")
-    soundfile.write(folder / "noise.wav", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
-    shutil.copy(folder / "noise.wav", folder / "talk.m4a")  # what is inside decides, not the name
+    noise_S = np.random.default_rng(0).normal(0, 0.1, 16000)
+    soundfile.write(folder / "talk.m4a", noise_S, 16000, format="WAV")  # what is inside decides, not the name
     return folder
 
 
 def run(folder: Path, *command: str) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    given = {"MODEL": "runs/prompts5/model", "AUDIO": "noise.wav"}
-    shown = subprocess.run(
-        command, cwd=folder, env={**os.environ, "PATH": path, **given}, capture_output=True, text=True
-    )
+    shown = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     assert shown.returncode == 0, f"{command[-1]}\n{shown.stdout}\n{shown.stderr}"
 
 

@@ -138,7 +138,10 @@ def run_all(settings: list[Setting], results: Results, source: str | None, jobs:
         if tests := lacking(setting, results):
             prepare(setting, source)
             # Here, as jobs share these files.
-            if ready := [test for test in tests if gather(test, setting.data, setting.manifest(test))]:
+            ready = [test for test in tests if gather(test, setting.data, setting.manifest(test))]
+            for test in (test for test in tests if test not in ready):
+                print(f"{setting.condition.name}: {test.name} passed over, as it needs {' and '.join(test.manifests)}")
+            if ready:
                 calls.append((setting, ready, results))
     do_all(run, [call for call in calls if call[0].system.weights_of is None], jobs)
     do_all(run, [call for call in calls if call[0].system.weights_of is not None], jobs)
