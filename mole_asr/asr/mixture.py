@@ -168,8 +168,24 @@ class Decision:
         r_U, rows = self.heard.aux["reliability"].float(), self.context.rows
         if not self.context.by_frame:
             return r_U
-        sums_B = r_U.new_zeros(rows.lengths_B.numel()).index_add(0, rows.utterance_of_row, r_U)
-        return sums_B / rows.lengths_B.clamp(min=1)
+        return self._sum_B(r_U) / rows.lengths_B.clamp(min=1)
+
+    def departs_from(self, other: "Decision", tolerance: float) -> Tensor:
+        """Which utterances, bool [B], have another language, or another reliability, than in `other`.
+
+        Args:
+            other: a decision on the same batch.
+            tolerance: of the reliability.
+        """
+        mine, its = self.heard.aux, other.heard.aux
+        departs_U = (mine["reliability"] - its["reliability"]).abs() > tolerance
+        departs_U |= mine["predicted"] != its["predicted"]
+        return self._sum_B(departs_U.float()) > 0 if self.context.by_frame else departs_U
+
+    def _sum_B(self, values_N: Tensor) -> Tensor:
+        """Sums of values of frames over utterances."""
+        rows = self.context.rows
+        return values_N.new_zeros(rows.lengths_B.numel()).index_add(0, rows.utterance_of_row, values_N)
 
 
 class MixtureFeedForward(nn.Module):

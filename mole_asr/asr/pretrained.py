@@ -7,7 +7,7 @@ Letters: B batch, S samples, T frames, D model width, V vocabulary, N packed fra
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -32,6 +32,9 @@ from mole_asr.moe.parts import PartedLinear, log_softmax
 # Behind each utterance, for Whisper, which hardly ever heard speech that ends with its window. The model of
 # recipes/whisper_mole's `prompts5` made 60.1 % of errors on new voices, and 53.4 % with silence in recognition alone.
 SILENCE_S = 1.0
+# A second hearing that changes the reliability by no more than this changes the encoder's output too little to compute
+# it again.
+SAME_RELIABILITY = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class PretrainedConfig(MixtureConfig):
         language_tokenizer_block: blocks that the language tokenizer listens behind.
         attention_head: whether Whisper's text decoder is kept, beside the CTC head. Other encoders have none.
         second_hearing: in recognition without a given language, Whisper's text decoder is asked too: its log-
-            probabilities of the languages, by this factor, are added to the logits of the language tokenizer, and the
-            upper blocks are computed again with what comes out. It knows voices and rooms that a small corpus lacks.
-            0: it is not asked.
+            probabilities of the languages, by this factor, are added to the logits of the language tokenizer, and
+            where that changes the decision the upper blocks are computed again. It knows voices and rooms that a small
+            corpus lacks. 0: it is not asked.
     """
 
     section: ClassVar[str] = "model.pretrained"
@@ -193,11 +196,9 @@ class PretrainedModel(nn.Module):
             x_BTD = block(x_BTD, frames, None)
         heard_BTD, decision = self.mixture(x_BTD, frames, languages_B, true_probability)
         memory_BTD = self._upper(heard_BTD, frames, decision)
-        head, weight = self.attention_head, self.config.second_hearing
-        if head is not None and weight and languages_B is None and not self.training:
-            opinion_BN = weight * head.language_opinion(memory_BTD, lengths_B, self.mixture.languages)
-            heard_BTD, decision = self.mixture(x_BTD, frames, opinion_BN=opinion_BN)
-            memory_BTD = self._upper(heard_BTD, frames, decision)
+        head = self.attention_head
+        if head is not None and self.config.second_hearing and languages_B is None and not self.training:
+            memory_BTD, decision = self._hear_again(head, x_BTD, frames, memory_BTD, decision)
         speech_B = lengths_B
         if self.features is not None:  # the CTC head does not hear the silence: it would learn to write nothing
             speech_B = -(-audio_lengths_B // round(self.frame_shift_s * SAMPLING_RATE_HZ))
@@ -215,6 +216,34 @@ class PretrainedModel(nn.Module):
         longer_B = (lengths_B + round(SILENCE_S * SAMPLING_RATE_HZ)).clamp(max=end).maximum(lengths_B)
         missing = max(0, int(longer_B.max()) - audio_BS.shape[1])
         return functional.pad(audio_BS, (0, missing)), longer_B
+
+    def _hear_again(
+        self, head: AttentionHead, x_BTD: Tensor, frames: Frames, memory_BTD: Tensor, first: Decision
+    ) -> tuple[Tensor, Decision]:
+        """Lets the text decoder have a say about the languages; what that changes is computed again.
+
+        Of most utterances it changes neither the language nor, by more than `SAME_RELIABILITY`, the reliability; the
+        upper blocks of these, with their experts, are a fifth of the work.
+
+        Args:
+            head: of the text decoder.
+            x_BTD: the stream behind the language tokenizer.
+            frames: of the batch.
+            memory_BTD: what the encoder gives after the first hearing.
+            first: the decision of that.
+
+        Returns:
+            What the encoder gives, and the decision; its plans are those of the first hearing.
+        """
+        opinion_BN = head.language_opinion(memory_BTD, frames.lengths_B, self.mixture.languages)
+        opinion_BN = self.config.second_hearing * opinion_BN
+        _, second = self.mixture(x_BTD, frames, opinion_BN=opinion_BN)
+        changed_R = second.departs_from(first, SAME_RELIABILITY).nonzero()[:, 0]
+        if len(changed_R):
+            some = self.encoder.frames(frames.lengths_B[changed_R], x_BTD.shape[1])
+            heard_RTD, decision = self.mixture(x_BTD[changed_R], some, opinion_BN=opinion_BN[changed_R])
+            memory_BTD = memory_BTD.index_copy(0, changed_R, self._upper(heard_RTD, some, decision))
+        return memory_BTD, replace(second, plans=first.plans)
 
     def _upper(self, x_BTD: Tensor, frames: Frames, decision: Decision) -> Tensor:
         """What the encoder gives: the blocks behind the language tokenizer, and the last norm."""

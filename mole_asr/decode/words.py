@@ -21,7 +21,7 @@ from mole_asr.errors import MoleError
 
 # The logarithm of the probability of all words together that are not in the list. recipes/whisper_mole says what this,
 # the order and the weight bring.
-_UNKNOWN = -3.0
+_UNKNOWN = -8.0
 _SPELLING_ORDER = 4  # of the n-grams of letters
 # A recogniser may have learned a language without its accents; words without them count by this less.
 _PLAIN = 0.1

@@ -39,11 +39,11 @@ Precision = Literal["32-true", "bf16-mixed"]
 _WINDOW_BATCHES = 4
 # The first window is this part of a full one, so that the first text comes soon; each next one is twice as long.
 _FIRST_WINDOW = 1 / 16
-# Where no language is as likely as this, the attention head writes in each of the likeliest three.
-_SURE, _CANDIDATES = 0.9, 3
+# Where no language is as likely as this, the attention head writes in each of the likeliest five.
+_SURE, _CANDIDATES = 0.98, 5
 # What a text says for its language: the logarithm of its probability a token, times this. Both were chosen on new
 # voices that recipes/whisper_mole does not score; its README says what they bring.
-_TEXT_WEIGHT = 8.0
+_TEXT_WEIGHT = 10.0
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> "Transcriber":

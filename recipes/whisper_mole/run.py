@@ -24,7 +24,7 @@ from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 from mole_asr.score.figures import language_rows
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import train, transcribe_told
+from mole_asr.score.runs import code_version, train, transcribe_told
 from mole_asr.score.score import score
 from mole_asr.transcribe.command import TranscribeResult, transcribe
 
@@ -110,7 +110,7 @@ TESTS = {
     "unseen over 2 s": TestSet(("unseen",), min_seconds=2.0),
 }
 TRAININGS = {
-    "voices13": Training((), 2, 7e-5, tuple(TESTS)),
+    "voices13": Training((), 4, 7e-5, tuple(TESTS), words=("--data.temperature=2",)),
     "prompts5": Training(("prompts-",), 4, 3e-5, ("prompts5", "unseen", "unseen over 2 s"), 0.45, STRONGER_CHANGES),
 }
 
@@ -214,7 +214,7 @@ def measure(system: str, test_set: str, places: Places, results: ResultFile) -> 
     hypothesis = output / "scored" / test.name
     write_text(hypothesis, "".join(f"{lines[each.id]}\n" for each in Manifest(test) if each.id in lines))
     report = score(test, hypothesis, fold_accents=FOLD_ACCENTS)
-    facts = {"system": system, "test_set": test_set, "date": date.today().isoformat()}
+    facts = {"system": system, "test_set": test_set, "commit": code_version(ROOT), "date": date.today().isoformat()}
     trained_on = places.runs / system.partition("-")[0] / "train.jsonl"
     hours = {} if system in PEERS else {code: round(each, 3) for code, each in hours_of(trained_on).items()}
     # Who was told the language has identified none.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mole_asr.asr import attention_head
+from mole_asr.asr.attention_head import AttentionHead
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.fine_tuning import FineTuning, choose_trained, fine_tuning_optimizer
 from mole_asr.asr.losses import losses
@@ -132,6 +133,31 @@ def test_the_decoder_is_asked_for_the_language_where_none_is_given(
         assert torch.equal(asking(*inputs, batch.languages_B).memory_BTD, plain(*inputs, batch.languages_B).memory_BTD)
         trained = [model.train()(*inputs).language_logits_BN for model in (asking, plain)]
         assert torch.equal(*trained)
+
+
+@pytest.mark.parametrize("routing_unit", ["utterance", "frame"])
+def test_only_utterances_whose_language_the_decoder_changes_are_computed_again(
+    whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch, routing_unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_on_whisper(whisper_folder, tokenizer, second_hearing=1.0, routing_unit=routing_unit).eval()
+    for n, parameter in enumerate(model.encoder.blocks[-1].feed_forward.moe.experts.parameters()):
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n))
+    inputs = batch.audio_BS, batch.audio_lengths_B
+    with torch.no_grad():
+        first = model(*inputs, torch.full((len(batch.audio_lengths_B),), -1))  # no language is given, nobody is asked
+        opinion_BN = torch.zeros_like(first.language_logits_BN)
+        opinion_BN[1, first.language_logits_BN[1].argmin()] = 20.0
+        monkeypatch.setattr(AttentionHead, "language_opinion", lambda *_: opinion_BN)
+        second = model(*inputs)
+        monkeypatch.setattr("mole_asr.asr.pretrained.SAME_RELIABILITY", -1.0)
+        everything = model(*inputs)
+    assert first.memory_BTD is not None and second.memory_BTD is not None and everything.memory_BTD is not None
+    others = torch.arange(len(opinion_BN)) != 1
+    assert torch.equal(second.memory_BTD[others], first.memory_BTD[others])
+    assert not torch.allclose(second.memory_BTD[1], first.memory_BTD[1], atol=1e-3)
+    torch.testing.assert_close(second.memory_BTD, everything.memory_BTD)
+    assert torch.equal(second.language_logits_BN, everything.language_logits_BN)
+    assert torch.equal(second.reliability_B, everything.reliability_B)
 
 
 def test_an_utterance_does_not_depend_on_its_batch(model: PretrainedModel, batch: Batch) -> None:

@@ -76,7 +76,7 @@ def test_the_whole_command(recipe: ModuleType, data: Path, tmp_path: Path, whisp
         else:
             seconds = 2.5 + 3 * 0.5
             assert row["train_hours"] == pytest.approx(seconds / 3600, abs=1e-3)
-    assert "trained on `prompts5` alone" in (tmp_path / "README.md").read_text()
+    assert "`prompts5`: text decoder" in (tmp_path / "README.md").read_text()
     # Again: nothing is trained, heard or measured a second time.
     model = tmp_path / "runs/prompts5/model/model.safetensors"
     before = (tmp_path / "results.json").read_bytes(), model.stat().st_mtime_ns
