@@ -110,7 +110,7 @@ TESTS = {
     "unseen over 2 s": TestSet(("unseen",), min_seconds=2.0),
 }
 TRAININGS = {
-    "voices13": Training((), 4, 7e-5, tuple(TESTS), words=("--data.temperature=2",)),
+    "voices13": Training((), 2, 7e-5, tuple(TESTS)),
     "prompts5": Training(("prompts-",), 4, 3e-5, ("prompts5", "unseen", "unseen over 2 s"), 0.45, STRONGER_CHANGES),
 }
 
