@@ -1,6 +1,6 @@
 """Measures the backends of `mole_asr.moe` and writes the table of README.md; `--table` only writes the table.
 
-`python recipes/benchmarks/run.py`: a quarter of an hour on one thread of a machine that is not in use.
+`python recipes/benchmarks/run.py`: forty minutes on one thread of a machine that is not in use.
 """
 
 import argparse
@@ -17,7 +17,20 @@ from mole_asr.score.markdown import markdown_table, write_between_marks
 from mole_asr.score.results import read_json
 
 HERE = Path(__file__).parent
-FILES = {"cpu": HERE / "moe_cpu.json", "cuda": HERE / "moe_gpu.json"}
+DEVICES = ("cpu", "cuda")
+# What is measured: the end of the file's name -> options of `mole-asr bench moe`.
+MEASURED: dict[str, dict[str, Any]] = {
+    "": {"d_model": (256, 512), "top_k": (1, 2), "neurons": (64, 128)},
+    "_rows": {
+        "kinds": ("token",),
+        "experts": (4, 64),
+        "rows": (1024, 60000),
+        "skew": ("even", "skewed"),
+        "backends": ("cpu_tiled", "triton", "grouped_mm"),
+        "repeat": 3,
+    },
+    "_wide": {"kinds": ("token",), "d_model": (1024,), "rows": (4096,), "repeat": 3},
+}
 OURS = ("cpu_tiled", "segment", "triton")
 RATIOS = ("ratio_dense", "ratio_grouped_mm", "ratio_transformers", "ratio_liger")
 CASE = ("kind", "dtype", "d_model", "d_ff", "experts", "top_k", "rows", "skew")
@@ -42,6 +55,11 @@ def ratios(row: dict[str, Any]) -> str:
     )
 
 
+def file_of(device: str, measured: str) -> Path:
+    """Where the rows of a measurement stand."""
+    return HERE / f"moe_{device}{measured}.json"
+
+
 def _on_gpu(row: dict[str, Any]) -> bool:
     return "thread" not in row["device"]
 
@@ -54,14 +72,15 @@ def table(path: Path) -> str:
         key = json.dumps([row["backend"], *(row[name] for name in CASE)])
         cases.setdefault(key, {})[row["pass"]] = row
     peers = "dense, grouped_mm, transformers" + (", Liger" if rows and _on_gpu(rows[0]) else "")
-    header = ["case", "type", "D", "backend", f"forward / {peers}", f"forward+backward / {peers}"]
+    header = ["case", "type", "D", "rows", "load", "backend", f"forward / {peers}", f"forward+backward / {peers}"]
     lines = []
     for passes in cases.values():
         row = next(iter(passes.values()))
         cells = [ratios(passes[name]) if name in passes else "–" for name in ("forward", "forward+backward")]
-        lines.append([case_name(row), row["dtype"], str(row["d_model"]), f"`{row['backend']}`", *cells])
+        sizes = [str(row[name]) for name in ("dtype", "d_model", "rows", "skew")]
+        lines.append([case_name(row), *sizes, f"`{row['backend']}`", *cells])
     facts = rows[0]
-    title = f"{facts['device']}, torch {facts['torch']}, {facts['rows']} rows, {facts['date']}:"
+    title = f"{facts['device']}, torch {facts['torch']}, {facts['date']}:"
     return f"{title}\n\n{markdown_table(header, lines)}"
 
 
@@ -73,8 +92,10 @@ def main() -> int:
     try:
         if not options.table:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            moe(d_model=(256, 512), top_k=(1, 2), neurons=(64, 128), device=device, output=str(FILES[device]))
-        text = "\n\n".join(table(path) for path in FILES.values() if path.exists())
+            for name, sizes in MEASURED.items():
+                moe(**sizes, device=device, output=str(file_of(device, name)))
+        paths = [file_of(device, name) for device in DEVICES for name in MEASURED]
+        text = "\n\n".join(table(path) for path in paths if path.exists())
         write_between_marks(HERE / "README.md", text)
         print(text)
     except MoleError as error:
