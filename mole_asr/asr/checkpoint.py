@@ -13,10 +13,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mole_asr.asr.familiarity import remember
 from mole_asr.asr.generations import Generation, keep_languages, set_generations
 from mole_asr.asr.model import EncoderConfig, MoleModel
 from mole_asr.asr.model_files import read_json
 from mole_asr.asr.pretrained import ENCODERS, EncoderSizes, PretrainedConfig, PretrainedModel
+from mole_asr.asr.replay import load_examples
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
@@ -80,6 +82,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
         raise MoleError(f"{path}: does not fit config.json ({first} ...); train the model anew") from None
+    remember(model, load_examples(folder))
     return model.to(device).eval(), tokenizer
 
 

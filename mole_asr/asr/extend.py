@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.grow import grow_model
-from mole_asr.asr.replay import EXAMPLES_FILE, load_examples, save_examples
+from mole_asr.asr.replay import copy_examples
 from mole_asr.corpus.languages import check_language
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.decode.ngram import NGRAM_FILE, load_ngrams, save_ngrams
@@ -57,9 +57,7 @@ def extend(
     ngrams = Path(model) / NGRAM_FILE
     if ngrams.exists():
         save_ngrams(load_ngrams(ngrams, old_tokenizer.vocab_size), Path(output) / NGRAM_FILE)
-    (Path(output) / EXAMPLES_FILE).unlink(missing_ok=True)  # of a model that was there before
-    if examples := load_examples(model):
-        save_examples(examples, output)
+    copy_examples(model, output)
     save_model(grown, new_tokenizer, output)
     added = sum(p.numel() for p in grown.parameters()) - sum(p.numel() for p in old.parameters())
     pieces = new_tokenizer.vocab_size - old_tokenizer.vocab_size

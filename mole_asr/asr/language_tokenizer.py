@@ -31,10 +31,15 @@ class LanguageEvidence:
     reliability_logits_B: Tensor | None = None
     reliability_logits_BT: Tensor | None = None
 
-    def joined(self, opinion_BN: Tensor, valid_BT: Tensor) -> "LanguageEvidence":
-        """The evidence, and that of another witness: what it adds to the logits of each utterance."""
-        evidence_BTN = self.evidence_BTN + opinion_BN[:, None] * valid_BT[:, :, None]
-        return replace(self, evidence_BTN=evidence_BTN, logits_BN=self.logits_BN + opinion_BN)
+    def mean_hidden(self, valid_BT: Tensor) -> Tensor:
+        """The mean of `hidden_BTH` over the valid frames of each utterance, float32 [B, H]."""
+        hidden_BTH = self.hidden_BTH.float().masked_fill(~valid_BT[:, :, None], 0.0)
+        return hidden_BTH.sum(1) / valid_BT.sum(1, keepdim=True)
+
+    def joined(self, trust_B: Tensor, opinion_BN: Tensor, valid_BT: Tensor) -> "LanguageEvidence":
+        """The evidence, so much of it as is trusted, and what another witness adds to the logits of each utterance."""
+        evidence_BTN = trust_B[:, None, None] * self.evidence_BTN + opinion_BN[:, None] * valid_BT[:, :, None]
+        return replace(self, evidence_BTN=evidence_BTN, logits_BN=trust_B[:, None] * self.logits_BN + opinion_BN)
 
     def select(self, languages: Sequence[int]) -> "LanguageEvidence":
         """The evidence of some of the languages, in this order."""

@@ -225,6 +225,7 @@ class ExpertMixture(nn.Module):
         kept: of these, the places of those that the model still has; None for all (see `asr/prune.py`).
         generations: how many languages and pieces came together, one after the other (see `asr/generations.py`); empty
             where all did.
+        familiarity: of each generation, what sounds familiar (see `asr/familiarity.py`); empty where all does.
     """
 
     def __init__(self, config: MixtureConfig, languages: list[str], d_model: int) -> None:
@@ -232,6 +233,7 @@ class ExpertMixture(nn.Module):
         self.config, self.d_model, self.num_languages = config, d_model, len(languages)
         self.languages = list(languages)
         self.generations: tuple[tuple[int, int], ...] = ()
+        self.familiarity = nn.ModuleList()
         names = expert_names(config.expert_of, languages)
         self.expert_names = list(dict.fromkeys(names))  # in the order of their first languages: growing appends
         own, most = len(self.expert_names) == len(languages), len(self.expert_names)
@@ -307,7 +309,7 @@ class ExpertMixture(nn.Module):
         frames: PaddedFrames,
         languages_B: Tensor | None = None,
         true_probability: float = 1.0,
-        opinion_BN: Tensor | None = None,
+        witness: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Decision]:
         """Hears the language and decides.
 
@@ -317,15 +319,16 @@ class ExpertMixture(nn.Module):
             languages_B: int64 true languages, -1 where unknown. In training the configured routing says what they are
                 for; in evaluation they are taken.
             true_probability: with the routing "scheduled", how often the true language is taken in training.
-            opinion_BN: what another witness adds to the logits of the languages.
+            witness: another one: how far the language tokenizer is trusted beside it, [B], and what it adds to the
+                logits of the languages, [B, N].
 
         Returns:
             The stream (with the vector of the language, where the config says so) and the decision.
         """
         heard_BTD = x_BTD.detach() if self.config.language_probe else x_BTD
         evidence = self.language_tokenizer(heard_BTD, frames.lengths_B, frames.valid_BT)
-        if opinion_BN is not None:
-            evidence = evidence.joined(opinion_BN, frames.valid_BT)
+        if witness is not None:
+            evidence = evidence.joined(*witness, frames.valid_BT)
         by_frame = self.config.routing_unit == "frame"
         routing = self.config.routing if self.training else "true"
         if routing == "scheduled" and languages_B is not None:
@@ -349,6 +352,18 @@ class ExpertMixture(nn.Module):
         families = self.language_router.families
         balances = self.config.mixture in ("switch", "omni", "group")
         return x_BTD, Decision(evidence, heard, context, plan, self.router, families, newest_B, balances)
+
+    def sounds_familiar(self, decision: Decision, frames: PaddedFrames) -> Tensor:
+        """Which utterances sound like what the language tokenizer knows, bool [B].
+
+        Later generations of languages have no say about an utterance in the language of an old one.
+        """
+        hidden_BH = decision.evidence.mean_hidden(frames.valid_BT)
+        if not self.familiarity:
+            return hidden_BH.new_ones(len(hidden_BH), dtype=torch.bool)
+        familiar_BG = torch.stack([familiar(hidden_BH) for familiar in self.familiarity], dim=1)
+        newest_B = decision.newest_B
+        return familiar_BG[:, -1] if newest_B is None else familiar_BG.gather(1, newest_B[:, None])[:, 0]
 
     def _language_vectors(self, context: RoutingContext) -> Tensor:
         """The vector of each utterance's language [B, 1, D], or of each frame's [B, T, D] (zero at padding)."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,6 +33,9 @@ from mole_asr.moe.parts import PartedLinear, log_softmax
 # Behind each utterance, for Whisper, which hardly ever heard speech that ends with its window. The model of
 # recipes/whisper_mole's `prompts5` made 60.1 % of errors on new voices, and 53.4 % with silence in recognition alone.
 SILENCE_S = 1.0
+# Of what the two witnesses of the language say, where an utterance sounds like none that the language tokenizer knows:
+# so much of its own logits, and so much more of the decoder's. recipes/whisper_mole says what that brings.
+STRANGER_TRUST, STRANGER_OPINION = 0.3, 1.5
 # A second hearing that changes the reliability by no more than this changes the encoder's output too little to compute
 # it again.
 SAME_RELIABILITY = 0.1
@@ -52,7 +56,8 @@ class PretrainedConfig(MixtureConfig):
         second_hearing: in recognition without a given language, Whisper's text decoder is asked too: its log-
             probabilities of the languages, by this factor, are added to the logits of the language tokenizer, and
             where that changes the decision the upper blocks are computed again. It knows voices and rooms that a small
-            corpus lacks. 0: it is not asked.
+            corpus lacks; it counts more, and the language tokenizer less, where an utterance sounds like none of the
+            examples that the model keeps (`asr/familiarity.py`). 0: it is not asked.
     """
 
     section: ClassVar[str] = "model.pretrained"
@@ -236,12 +241,15 @@ class PretrainedModel(nn.Module):
             What the encoder gives, and the decision; its plans are those of the first hearing.
         """
         opinion_BN = head.language_opinion(memory_BTD, frames.lengths_B, self.mixture.languages)
-        opinion_BN = self.config.second_hearing * opinion_BN
-        _, second = self.mixture(x_BTD, frames, opinion_BN=opinion_BN)
+        familiar_B = self.mixture.sounds_familiar(first, frames)
+        trust_B = torch.where(familiar_B, 1.0, STRANGER_TRUST)
+        opinion_BN = self.config.second_hearing * torch.where(familiar_B, 1.0, STRANGER_OPINION)[:, None] * opinion_BN
+        _, second = self.mixture(x_BTD, frames, witness=(trust_B, opinion_BN))
         changed_R = second.departs_from(first, SAME_RELIABILITY).nonzero()[:, 0]
         if len(changed_R):
             some = self.encoder.frames(frames.lengths_B[changed_R], x_BTD.shape[1])
-            heard_RTD, decision = self.mixture(x_BTD[changed_R], some, opinion_BN=opinion_BN[changed_R])
+            witness = trust_B[changed_R], opinion_BN[changed_R]
+            heard_RTD, decision = self.mixture(x_BTD[changed_R], some, witness=witness)
             memory_BTD = memory_BTD.index_copy(0, changed_R, self._upper(heard_RTD, some, decision))
         return memory_BTD, replace(second, plans=first.plans)
 

@@ -1,5 +1,7 @@
 """Feature replay: a model keeps what its language tokenizer heard of each language, for when one is added later.
 
+It is what sounds familiar to the model, too (`asr/familiarity.py`).
+
 Who learns a language from its recordings alone never hears what it is not, and takes all speech for it. No recording
 of the old languages is needed against that: the last layer of the language tokenizer is linear, so what it says of an
 utterance follows from the mean hidden vector (Iscen et al., "Memory-Efficient Incremental Learning Through Feature
@@ -50,10 +52,10 @@ def hear_examples(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tenso
         batch = batch.to(device)
         # Told the language, so that a Whisper does not ask its decoder; the language tokenizer hears the same.
         output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
-        hidden_BTH, lengths_B = output.decision.evidence.hidden_BTH.float(), output.decision.context.rows.lengths_B
-        for hidden_TH, frames, language in zip(hidden_BTH, lengths_B, batch.languages_B.tolist(), strict=True):
+        hidden_BH = output.decision.evidence.mean_hidden(output.frames.valid_BT).cpu()
+        for hidden_H, language in zip(hidden_BH, batch.languages_B.tolist(), strict=True):
             if language >= 0:
-                heard[languages[language]].append(hidden_TH[:frames].mean(0).cpu())
+                heard[languages[language]].append(hidden_H)
     return {code: torch.stack(_some(each)) for code, each in heard.items()}
 
 
@@ -91,9 +93,6 @@ def replay_of(examples: Mapping[str, Tensor], model: nn.Module) -> Replay | None
     Args:
         examples: of each language [K, H].
         model: a recogniser that has grown.
-
-    Raises:
-        MoleError: they are of another model.
     """
     mixture = mixture_of(model)
     old = mixture.languages[: mixture.num_languages - generations_of(model)[-1].languages]
@@ -106,9 +105,6 @@ def replay_of(examples: Mapping[str, Tensor], model: nn.Module) -> Replay | None
     kept = [(n, examples[code]) for n, code in enumerate(old) if code in examples]
     if not kept:
         return None
-    width = mixture.language_tokenizer.languages.in_features
-    if any(each.shape[1:] != (width,) for _, each in kept):
-        raise MoleError(f"{EXAMPLES_FILE}: is not of this model; delete it, or copy the model's folder anew")
     ids = [n for n, each in kept for _ in each]
     return Replay(torch.cat([each for _, each in kept]), torch.tensor(ids))
 
@@ -130,3 +126,10 @@ def load_examples(folder: str | Path) -> dict[str, Tensor]:
         return load_file(path) if path.exists() else {}
     except (OSError, SafetensorError) as error:
         raise MoleError(f"{path}: cannot be read ({error}); copy the folder anew, or delete it") from None
+
+
+def copy_examples(source: str | Path, target: str | Path) -> None:
+    """Takes the examples of a model along into the folder of another; where it has none, the other has none either."""
+    (Path(target) / EXAMPLES_FILE).unlink(missing_ok=True)
+    if examples := load_examples(source):
+        save_examples(examples, target)
