@@ -19,7 +19,7 @@ from mole_asr.asr.replay import EXAMPLES_FILE
 from mole_asr.errors import MoleError
 
 # Of the examples themselves, so many are left to be strange.
-STRANGE_SHARE = 0.05
+STRANGE_SHARE = 0.01
 
 
 class Familiarity(nn.Module):

@@ -31,6 +31,15 @@ class LanguageEvidence:
     reliability_logits_B: Tensor | None = None
     reliability_logits_BT: Tensor | None = None
 
+    def of(self, utterances_R: Tensor) -> "LanguageEvidence":
+        """The evidence of some utterances, int64 [R]."""
+        reliability = (
+            None if each is None else each[utterances_R]
+            for each in (self.reliability_logits_B, self.reliability_logits_BT)
+        )
+        heard = (each[utterances_R] for each in (self.evidence_BTN, self.logits_BN, self.hidden_BTH))
+        return LanguageEvidence(*heard, *reliability)
+
     def mean_hidden(self, valid_BT: Tensor) -> Tensor:
         """The mean of `hidden_BTH` over the valid frames of each utterance, float32 [B, H]."""
         hidden_BTH = self.hidden_BTH.float().masked_fill(~valid_BT[:, :, None], 0.0)

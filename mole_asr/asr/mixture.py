@@ -304,31 +304,37 @@ class ExpertMixture(nn.Module):
         )
 
     def forward(
+        self, x_BTD: Tensor, frames: PaddedFrames, languages_B: Tensor | None = None, true_probability: float = 1.0
+    ) -> tuple[Tensor, Decision]:
+        """Hears the language, decides, and adds what the decision says to the stream; see the three methods below.
+
+        Returns:
+            The stream and the decision.
+        """
+        decision = self.decide(self.hear(x_BTD, frames), frames, languages_B, true_probability)
+        return self.add_language(x_BTD, decision), decision
+
+    def hear(self, x_BTD: Tensor, frames: PaddedFrames) -> LanguageEvidence:
+        """What the language tokenizer hears in the stream behind an early layer."""
+        heard_BTD = x_BTD.detach() if self.config.language_probe else x_BTD
+        return self.language_tokenizer(heard_BTD, frames.lengths_B, frames.valid_BT)
+
+    def decide(
         self,
-        x_BTD: Tensor,
+        evidence: LanguageEvidence,
         frames: PaddedFrames,
         languages_B: Tensor | None = None,
         true_probability: float = 1.0,
-        witness: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Decision]:
-        """Hears the language and decides.
+    ) -> Decision:
+        """Decides by what was heard.
 
         Args:
-            x_BTD: the stream behind an early layer.
+            evidence: of the languages.
             frames: of the batch.
             languages_B: int64 true languages, -1 where unknown. In training the configured routing says what they are
                 for; in evaluation they are taken.
             true_probability: with the routing "scheduled", how often the true language is taken in training.
-            witness: another one: how far the language tokenizer is trusted beside it, [B], and what it adds to the
-                logits of the languages, [B, N].
-
-        Returns:
-            The stream (with the vector of the language, where the config says so) and the decision.
         """
-        heard_BTD = x_BTD.detach() if self.config.language_probe else x_BTD
-        evidence = self.language_tokenizer(heard_BTD, frames.lengths_B, frames.valid_BT)
-        if witness is not None:
-            evidence = evidence.joined(*witness, frames.valid_BT)
         by_frame = self.config.routing_unit == "frame"
         routing = self.config.routing if self.training else "true"
         if routing == "scheduled" and languages_B is not None:
@@ -343,26 +349,31 @@ class ExpertMixture(nn.Module):
             routing="predicted" if routing == "predicted" else "true",
         )
         heard = self.language_router(None, context)
-        if self.language_embedding is not None:
-            x_BTD = x_BTD + self._language_vectors(context)
         plan = heard if self.config.mixture == "language" else None
         newest_B = self.language_router.newest(evidence.logits_BN, replace(context, language_logits=evidence.logits_BN))
         if self.kept is not None:
             evidence = evidence.select(self.kept)
         families = self.language_router.families
         balances = self.config.mixture in ("switch", "omni", "group")
-        return x_BTD, Decision(evidence, heard, context, plan, self.router, families, newest_B, balances)
+        return Decision(evidence, heard, context, plan, self.router, families, newest_B, balances)
 
-    def sounds_familiar(self, decision: Decision, frames: PaddedFrames) -> Tensor:
+    def add_language(self, x_BTD: Tensor, decision: Decision) -> Tensor:
+        """The stream with the vector of the language, where the config says so."""
+        return x_BTD if self.language_embedding is None else x_BTD + self._language_vectors(decision.context)
+
+    def sounds_familiar(self, evidence: LanguageEvidence, frames: PaddedFrames, newest_B: Tensor | None) -> Tensor:
         """Which utterances sound like what the language tokenizer knows, bool [B].
 
-        Later generations of languages have no say about an utterance in the language of an old one.
+        Args:
+            evidence: of the languages.
+            frames: of the batch.
+            newest_B: `Decision.newest_B`: later generations of languages have no say about an utterance in the language
+                of an old one.
         """
-        hidden_BH = decision.evidence.mean_hidden(frames.valid_BT)
+        hidden_BH = evidence.mean_hidden(frames.valid_BT)
         if not self.familiarity:
             return hidden_BH.new_ones(len(hidden_BH), dtype=torch.bool)
         familiar_BG = torch.stack([familiar(hidden_BH) for familiar in self.familiarity], dim=1)
-        newest_B = decision.newest_B
         return familiar_BG[:, -1] if newest_B is None else familiar_BG.gather(1, newest_B[:, None])[:, 0]
 
     def _language_vectors(self, context: RoutingContext) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from mole_asr.asr.attention_head import AttentionHead
 from mole_asr.asr.conformer import Frames
+from mole_asr.asr.language_tokenizer import LanguageEvidence
 from mole_asr.asr.mixture import Decision, ExpertMixture, MixtureConfig, MixtureFeedForward
 from mole_asr.asr.model import ModelOutput
 from mole_asr.asr.model_files import CONFIG, find_model, read_json
@@ -199,11 +200,12 @@ class PretrainedModel(nn.Module):
         frames = self.encoder.frames(lengths_B, x_BTD.shape[1])
         for block in self.encoder.blocks[: self.config.language_tokenizer_block]:
             x_BTD = block(x_BTD, frames, None)
-        heard_BTD, decision = self.mixture(x_BTD, frames, languages_B, true_probability)
-        memory_BTD = self._upper(heard_BTD, frames, decision)
-        head = self.attention_head
-        if head is not None and self.config.second_hearing and languages_B is None and not self.training:
-            memory_BTD, decision = self._hear_again(head, x_BTD, frames, memory_BTD, decision)
+        evidence = self.mixture.hear(x_BTD, frames)
+        decision = self.mixture.decide(evidence, frames, languages_B, true_probability)
+        memory_BTD = self._upper(x_BTD, frames, decision)
+        if self.attention_head is not None and languages_B is None and not self.training and self.config.second_hearing:
+            opinion_BN = self.attention_head.language_opinion(memory_BTD, frames.lengths_B, self.mixture.languages)
+            memory_BTD, decision = self._hear_again(x_BTD, frames, memory_BTD, evidence, opinion_BN, decision)
         speech_B = lengths_B
         if self.features is not None:  # the CTC head does not hear the silence: it would learn to write nothing
             speech_B = -(-audio_lengths_B // round(self.frame_shift_s * SAMPLING_RATE_HZ))
@@ -223,7 +225,13 @@ class PretrainedModel(nn.Module):
         return functional.pad(audio_BS, (0, missing)), longer_B
 
     def _hear_again(
-        self, head: AttentionHead, x_BTD: Tensor, frames: Frames, memory_BTD: Tensor, first: Decision
+        self,
+        x_BTD: Tensor,
+        frames: Frames,
+        memory_BTD: Tensor,
+        evidence: LanguageEvidence,
+        opinion_BN: Tensor,
+        first: Decision,
     ) -> tuple[Tensor, Decision]:
         """Lets the text decoder have a say about the languages; what that changes is computed again.
 
@@ -231,30 +239,31 @@ class PretrainedModel(nn.Module):
         upper blocks of these, with their experts, are a fifth of the work.
 
         Args:
-            head: of the text decoder.
             x_BTD: the stream behind the language tokenizer.
             frames: of the batch.
             memory_BTD: what the encoder gives after the first hearing.
-            first: the decision of that.
+            evidence: what the language tokenizer heard.
+            opinion_BN: log-probabilities of the languages, of the text decoder.
+            first: the decision by the evidence alone.
 
         Returns:
             What the encoder gives, and the decision; its plans are those of the first hearing.
         """
-        opinion_BN = head.language_opinion(memory_BTD, frames.lengths_B, self.mixture.languages)
-        familiar_B = self.mixture.sounds_familiar(first, frames)
+        familiar_B = self.mixture.sounds_familiar(evidence, frames, first.newest_B)
         trust_B = torch.where(familiar_B, 1.0, STRANGER_TRUST)
-        opinion_BN = self.config.second_hearing * torch.where(familiar_B, 1.0, STRANGER_OPINION)[:, None] * opinion_BN
-        _, second = self.mixture(x_BTD, frames, witness=(trust_B, opinion_BN))
+        weight_B = self.config.second_hearing * torch.where(familiar_B, 1.0, STRANGER_OPINION)
+        evidence = evidence.joined(trust_B, weight_B[:, None] * opinion_BN, frames.valid_BT)
+        second = self.mixture.decide(evidence, frames)
         changed_R = second.departs_from(first, SAME_RELIABILITY).nonzero()[:, 0]
         if len(changed_R):
             some = self.encoder.frames(frames.lengths_B[changed_R], x_BTD.shape[1])
-            witness = trust_B[changed_R], opinion_BN[changed_R]
-            heard_RTD, decision = self.mixture(x_BTD[changed_R], some, witness=witness)
-            memory_BTD = memory_BTD.index_copy(0, changed_R, self._upper(heard_RTD, some, decision))
+            decision = self.mixture.decide(evidence.of(changed_R), some)
+            memory_BTD = memory_BTD.index_copy(0, changed_R, self._upper(x_BTD[changed_R], some, decision))
         return memory_BTD, replace(second, plans=first.plans)
 
     def _upper(self, x_BTD: Tensor, frames: Frames, decision: Decision) -> Tensor:
         """What the encoder gives: the blocks behind the language tokenizer, and the last norm."""
+        x_BTD = self.mixture.add_language(x_BTD, decision)
         for block in self.encoder.blocks[self.config.language_tokenizer_block :]:
             x_BTD = block(x_BTD, frames, decision)
         return self.encoder.norm(x_BTD)
