@@ -1,4 +1,4 @@
-"""The three formats of one tiny Whisper: transformers and CTranslate2 write and run theirs, OpenAI's is written here."""
+"""The three formats of one tiny Whisper: transformers and CTranslate2 write and run theirs; OpenAI's is made here."""
 
 import json
 import shutil
