@@ -44,7 +44,7 @@ _SURE, _CANDIDATES = 0.98, 5
 # What a text says for its language: the logarithm of its probability a token, times the one; and against it its words
 # a second, times the other: who takes speech for another language hears many little words. All were chosen on new
 # voices that recipes/whisper_mole does not score; its README says what they bring.
-_TEXT_WEIGHT, _WORD_RATE_WEIGHT = 5.0, 1.5
+_TEXT_WEIGHT, _WORD_RATE_WEIGHT = 10.0, 1.5
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> "Transcriber":
