@@ -27,6 +27,8 @@ from mole_asr.data_prep.output import SPLITS, audio_since, code_recipe, is_done,
 from mole_asr.errors import MoleError
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
+UNACCENTED = ("es",)
+"""Of these, which texts are written without most of their accents: `score --fold-accents`."""
 LICENCES = dict.fromkeys(("en", "es", "fr"), "CC BY-SA 3.0") | dict.fromkeys(("it", "ru"), "CC BY 3.0")
 LICENCE = "CC BY-SA 3.0 (en, es, fr), CC BY 3.0 (it, ru)"
 

@@ -38,11 +38,11 @@ def prepare(output: str | Path, *, languages: Sequence[str]) -> str:
         raise MoleError(f"languages: {', '.join(unspaced)} is written without spaces; word lists do not serve it")
     said = []
     for code in languages:
-        # Numbers are spelled out in texts, in many words. Most usual words first.
+        # Numbers are spelled out in texts, in many words; hearts and lone accents are not said. Most usual words first.
         words = [
             (word, frequency)
             for word, frequency in get_frequency_dict(code, "small").items()
-            if normalize(word, code) and not any(map(str.isdecimal, word))
+            if any(map(str.isalpha, normalize(word, code))) and not any(map(str.isdecimal, word))
         ]
         words.sort(key=lambda item: -item[1])
         write_text(Path(output) / f"{code}.tsv", "".join(f"{word}\t{frequency:.3g}\n" for word, frequency in words))

@@ -3,13 +3,11 @@
 Letters: L spoken languages (those of the model), E experts, S samples.
 """
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mole_asr.errors import MoleError
-from mole_asr.files import write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +76,7 @@ def routing(model: str, manifest: str, output: str | None = None) -> RoutingLoad
         raise MoleError(f"{model}: was pruned; give the model that it was made of")
     loads = _count(recogniser, Manifest(manifest))
     if output is not None:
-        write_text(Path(output), _draw(loads))
+        _draw(loads, Path(output))
     return loads
 
 
@@ -133,28 +131,25 @@ def _route(recogniser: "Recogniser", audio_S: "Tensor") -> dict[str, tuple["Tens
     return found
 
 
-def _draw(loads: RoutingLoads) -> str:
+def _draw(loads: RoutingLoads, path: Path) -> None:
     """Two heat maps side by side: rows are spoken languages, columns experts, each row summing to 100 %."""
     import numpy as np
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     from mole_asr.moe.statistics import purity
+    from mole_asr.score.charts import save_figure
 
-    with rc_context({"svg.hashsalt": "routing", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        for place, (unit, loads_LE) in enumerate(loads.loads_LE.items(), 1):
-            axes = figure.add_subplot(1, len(loads.loads_LE), place)
-            shares_LE = (100 * loads_LE / loads_LE.sum(1, keepdim=True).clamp(min=1)).numpy()
-            image = axes.imshow(shares_LE, vmin=0, vmax=100, cmap="Blues")
-            for (spoken, expert), share in np.ndenumerate(shares_LE):
-                axes.text(expert, spoken, f"{share:.0f}", ha="center", va="center", color="w" if share > 60 else "k")
-            axes.set_xticks(range(len(loads.experts)), loads.experts)
-            axes.set_yticks(range(len(loads.languages)), loads.languages)
-            axes.set_xlabel("expert")
-            axes.set_ylabel("spoken")
-            axes.set_title(f"decided by {unit}: purity {float(purity(loads_LE)):.3f}", fontsize=10)
-        figure.colorbar(image, ax=figure.axes, label="% of the language's frames")
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for place, (unit, loads_LE) in enumerate(loads.loads_LE.items(), 1):
+        axes = figure.add_subplot(1, len(loads.loads_LE), place)
+        shares_LE = (100 * loads_LE / loads_LE.sum(1, keepdim=True).clamp(min=1)).numpy()
+        image = axes.imshow(shares_LE, vmin=0, vmax=100, cmap="Blues")
+        for (spoken, expert), share in np.ndenumerate(shares_LE):
+            axes.text(expert, spoken, f"{share:.0f}", ha="center", va="center", color="w" if share > 60 else "k")
+        axes.set_xticks(range(len(loads.experts)), loads.experts)
+        axes.set_yticks(range(len(loads.languages)), loads.languages)
+        axes.set_xlabel("expert")
+        axes.set_ylabel("spoken")
+        axes.set_title(f"decided by {unit}: purity {float(purity(loads_LE)):.3f}", fontsize=10)
+    figure.colorbar(image, ax=figure.axes, label="% of the language's frames")
+    save_figure(figure, path)

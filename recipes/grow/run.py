@@ -22,6 +22,7 @@ from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.subset import hours_of, thin
 from mole_asr.corpus.text_tokenizer import extend_tokenizer, train_tokenizer
 from mole_asr.data_prep import voices13
+from mole_asr.data_prep.prompts import UNACCENTED
 from mole_asr.errors import MoleError
 from mole_asr.score.figures import language_rows
 from mole_asr.score.results import ResultFile, Row
@@ -32,7 +33,6 @@ from mole_asr.transcribe.command import transcribe
 HERE = Path(__file__).parent
 KEY = ("new", "seed", "stage", "told")
 IDENTIFICATION = ("language_id_accuracy", "ece", "reliability_right", "reliability_wrong")
-FOLD_ACCENTS = ("es",)  # some of the transcripts are written without them
 NEW_PIECES = 20
 """Of several letters, at most; letters that the others lack come first."""
 SHARES = {"en": 0.3, "cs": 0.5, "ru": 0.5}
@@ -181,7 +181,7 @@ def measure(growth: Growth, stage: str, told: bool, results: ResultFile) -> None
     if model is None:
         return
     test, heard = hear(growth, stage, told, model)
-    rows = language_rows(score(test, heard, fold_accents=FOLD_ACCENTS))
+    rows = language_rows(score(test, heard, fold_accents=UNACCENTED))
     # Who was told the language has identified none.
     untold: Row = dict.fromkeys(IDENTIFICATION) if told else {}
     counts = compare(hear(growth, "before", told, before(growth))[1], heard, growth)

@@ -21,6 +21,7 @@ from mole_asr.asr.model import ModelOutput
 from mole_asr.asr.parameters import Parameters, count_parameters
 from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
 from mole_asr.corpus.subset import thin
+from mole_asr.data_prep.prompts import UNACCENTED
 from mole_asr.files import atomic_path
 from mole_asr.moe.losses import expert_counts
 from mole_asr.score.figures import language_rows
@@ -29,7 +30,6 @@ from mole_asr.score.results import Row
 from mole_asr.score.score import score
 from mole_asr.transcribe.transcriber import Transcriber, load
 
-FOLD_ACCENTS = ("es",)  # the prompts are written without them
 BINS = np.linspace(0, 1, 21)
 
 
@@ -127,7 +127,7 @@ def figures(manifest: Path, hypothesis: Path, heard: Heard) -> tuple[list[Row], 
     Returns:
         A row a language and one for "all"; the test set's utterances; the details of this run.
     """
-    report = score(manifest, hypothesis, fold_accents=FOLD_ACCENTS)
+    report = score(manifest, hypothesis, fold_accents=UNACCENTED)
     languages = [pair.language for pair in report.pairs]
     codes = sorted(set(languages))
     utterances = {

@@ -20,6 +20,7 @@ from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.subset import hours_of
 from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.data_prep import voices13, words
+from mole_asr.data_prep.prompts import UNACCENTED
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 from mole_asr.score.figures import language_rows
@@ -37,7 +38,6 @@ HEADS = ("attention", "attention-words", "attention-words-few", "ctc", "attentio
 LISTED = ("bg", "ca", "cs", "da", "el", "en", "es", "fr", "it", "nl", "ro", "ru")
 PEERS = tuple(f"whisper-{kind}-{told}" for kind in ("int8", "float32") for told in ("given", "detected"))
 IDENTIFICATION = ("language_id_accuracy", "ece", "reliability_right", "reliability_wrong")
-FOLD_ACCENTS = ("es",)  # the Spanish prompts are written without them
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def measure(system: str, test_set: str, places: Places, results: ResultFile) -> 
         lines |= {json.loads(line)["id"]: line for line in texts if line}
     hypothesis = output / "scored" / test.name
     write_text(hypothesis, "".join(f"{lines[each.id]}\n" for each in Manifest(test) if each.id in lines))
-    report = score(test, hypothesis, fold_accents=FOLD_ACCENTS)
+    report = score(test, hypothesis, fold_accents=UNACCENTED)
     facts = {"system": system, "test_set": test_set, "commit": code_version(ROOT), "date": date.today().isoformat()}
     trained_on = places.runs / system.partition("-")[0] / "train.jsonl"
     hours = {} if system in PEERS else {code: round(each, 3) for code, each in hours_of(trained_on).items()}

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 from systems import SYSTEMS, Lists, Rates, choose
 from tables import write_all
-from texts import FOLD_ACCENTS, write_texts
+from texts import write_texts
 
 from mole_asr.corpus.manifest import Manifest
+from mole_asr.data_prep.prompts import UNACCENTED
 from mole_asr.decode.beam import Weights
 from mole_asr.decode.decoder import CtcDecoder
 from mole_asr.decode.ngram import TokenNgram
@@ -127,7 +128,7 @@ class Dev:
         spelled = [self.transcriber.tokenizer.decode(list(ids)) for ids in found]
         lines = [{"id": each.id, "text": text} for each, text in zip(self.heard, spelled, strict=True)]
         write_text(self.hypothesis, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        return score(self.reference, self.hypothesis, fold_accents=FOLD_ACCENTS)
+        return score(self.reference, self.hypothesis, fold_accents=UNACCENTED)
 
 
 def facts(system: str, split: str) -> Row:
@@ -153,7 +154,7 @@ def measure(name: str, places: Places, chosen: Row) -> list[Row]:
     cost = (time.process_time() - start) / max(1e-9, result.audio_s)
     hypothesis, against = (places.output / each / test.name for each in (name, AGAINST))
     compared = against if name != AGAINST and against.exists() else None
-    report = score(test, hypothesis, against=compared, fold_accents=FOLD_ACCENTS)
+    report = score(test, hypothesis, against=compared, fold_accents=UNACCENTED)
     common = facts(name, "test") | asdict(weights) | {"cpu_s_per_s": round(cost, 4), "wer_difference": None}
     if report.comparison is not None:
         found = report.comparison.macro["wer"]

@@ -13,9 +13,9 @@ from mole_asr.corpus.manifest import Manifest
 from mole_asr.corpus.normalize import normalize
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.corpus.texts import read_texts
+from mole_asr.data_prep.prompts import UNACCENTED
 from mole_asr.files import write_text
 
-FOLD_ACCENTS = ("es",)  # the Spanish prompts are written without most of them
 LEAST_WORDS = 4  # a shorter sentence may stand within another by chance: "press one"
 # The prompts are 80 thousand letters, the other texts are 3 million of another kind.
 REPEAT = 16
@@ -43,7 +43,7 @@ def write_texts(prompts: Path, texts: Path, output: Path) -> list[dict[str, str 
     lines: list[dict[str, str]] = []
     for code, sentences in train.items():
         own = _without(sentences, code, held_out, alphabet, "prompts", counts)
-        others = [normalize(text, code, fold_accents=code in FOLD_ACCENTS) for text in found.get(code, [])]
+        others = [normalize(text, code, fold_accents=code in UNACCENTED) for text in found.get(code, [])]
         others = list(dict.fromkeys(text for text in others if text))
         kept = own * REPEAT + _without(others, code, held_out, alphabet, "texts", counts)
         lines += [{"text": text, "language": code} for text in kept]
