@@ -28,7 +28,7 @@ from mole_asr.errors import MoleError
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
 UNACCENTED = ("es",)
-"""Of these, which texts are written without most of their accents: `score --fold-accents`."""
+"""Of these, and of the other sources of `voices13`, some texts are written without accents: `score --fold-accents`."""
 LICENCES = dict.fromkeys(("en", "es", "fr"), "CC BY-SA 3.0") | dict.fromkeys(("it", "ru"), "CC BY 3.0")
 LICENCE = "CC BY-SA 3.0 (en, es, fr), CC BY 3.0 (it, ru)"
 
@@ -145,7 +145,7 @@ def clips(packages: Mapping[str, Path], languages: Iterable[str] = LANGUAGES) ->
             speaker, _, key = name.partition("/sounds/")[2].removesuffix(".g722").partition("/")
             if name.endswith(".g722") and key:
                 text = repair(texts[key], language) if key in texts else None
-                yield Clip(language, key, text, partial(_decode, content), speaker, fold_accents=language == "es")
+                yield Clip(language, key, text, partial(_decode, content), speaker, fold_accents=language in UNACCENTED)
 
 
 def _prepare_language(

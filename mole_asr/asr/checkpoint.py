@@ -1,7 +1,8 @@
 """A trained model as a folder: tensors and JSON only, nothing pickled.
 
 model.safetensors, config.json (sizes and switches), languages.json (codes, in the order of the experts),
-tokenizer.model; and, of a model that stands on Whisper, Whisper's tokenizer.json.
+tokenizer.model; and, of a model that stands on Whisper, Whisper's tokenizer.json. Beside them `fit` writes n-grams
+(`decode/ngram.py`) and examples of what was heard (`replay.py`).
 """
 
 import json
@@ -18,7 +19,7 @@ from mole_asr.asr.generations import Generation, keep_languages, set_generations
 from mole_asr.asr.model import EncoderConfig, MoleModel
 from mole_asr.asr.model_files import read_json
 from mole_asr.asr.pretrained import ENCODERS, EncoderSizes, PretrainedConfig, PretrainedModel
-from mole_asr.asr.replay import load_examples
+from mole_asr.asr.replay import EXAMPLES_FILE, load_examples
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
@@ -82,7 +83,12 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
         raise MoleError(f"{path}: does not fit config.json ({first} ...); train the model anew") from None
-    remember(model, load_examples(folder))
+    # The examples of a model in slices are those of the dense one: its hidden vectors are others.
+    if isinstance(model, PretrainedModel) and model.attention_head is not None and not describe(model):
+        try:
+            remember(model, load_examples(folder))
+        except MoleError as error:
+            raise MoleError(f"{folder / EXAMPLES_FILE}: {error}") from None
     return model.to(device).eval(), tokenizer
 
 

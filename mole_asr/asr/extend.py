@@ -21,10 +21,10 @@ def extend(
     A new language gets an expert of its own in each MoLE block, a copy of the agnostic expert, or shares an old one. It
     sleeps: nothing is recognised as it until `mole-asr fit --model.init_from OUTPUT --model.freeze_old true` has
     trained what is new, and nothing else, on recordings of the new languages alone. After that too, an utterance whose
-    language is given, or heard, as an old one gives the old bits: new languages have no part in its reliability, nor
-    new pieces in its text. What can still change is what is heard as a new language and is not; what the model keeps of
-    its old languages makes that rare (`asr/replay.py`). (Training without `freeze_old` trains all, and makes all
-    languages alike.)
+    language is given, or heard, as an old one (both times, on a Whisper that hears twice) gives the old bits: new
+    languages have no part in its reliability, nor new pieces in its text. What can still change is what is heard as a
+    new language and is not; what the model keeps of its old languages makes that rare (`asr/replay.py`). (Training
+    without `freeze_old` trains all, and makes all languages alike.)
 
     Args:
         model: folder of the trained model.

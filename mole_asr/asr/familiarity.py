@@ -3,7 +3,8 @@
 A language tokenizer that was trained on few voices knows them by heart. Of another voice, or in another room, what it
 says is worth less, though it sounds as sure. The examples that a model keeps of each language (`asr/replay.py`) tell:
 an utterance is unfamiliar where it is less like the nearest of them than nearly all examples are like their nearest
-neighbours (Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022).
+neighbours (Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022). What is compared are
+directions from the mean of the examples, which takes several voices.
 
 Letters: B batch, H hidden width, M examples.
 """
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mole_asr.asr.generations import generations_of, mixture_of
-from mole_asr.asr.replay import EXAMPLES_FILE
 from mole_asr.errors import MoleError
 
 # Of the examples themselves, so many are left to be strange.
@@ -52,19 +52,19 @@ def remember(model: nn.Module, examples: Mapping[str, Tensor]) -> None:
 
     Args:
         model: a recogniser.
-        examples: of each language mean hidden vectors [K, H]; where its first languages have none, all sounds familiar.
+        examples: of each language mean hidden vectors [K, H]; where one lacks them, all sounds familiar to its
+            generation and to later ones, or its speakers would all be strangers.
 
     Raises:
         MoleError: they are of another model.
     """
     mixture, end = mixture_of(model), 0
     width = mixture.language_tokenizer.languages.in_features
-    if any(each.shape[1:] != (width,) for each in examples.values()):
-        raise MoleError(f"{EXAMPLES_FILE}: is not of this model; delete it, or copy the model's folder anew")
+    if any(each.shape[1:] != (width,) or not len(each) or not each.isfinite().all() for each in examples.values()):
+        raise MoleError("is not of this model; delete it, or copy the model's folder anew")
     mixture.familiarity = nn.ModuleList()
     for generation in generations_of(model):
         end += generation.languages
-        known = [examples[code] for code in mixture.languages[:end] if code in examples]
-        if not known:
+        if any(code not in examples for code in mixture.languages[:end]):
             return
-        mixture.familiarity.append(Familiarity(torch.cat(known)))
+        mixture.familiarity.append(Familiarity(torch.cat([examples[code] for code in mixture.languages[:end]])))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mole_asr.arguments import explain
 from mole_asr.asr.checkpoint import save_model
+from mole_asr.asr.familiarity import remember
 from mole_asr.asr.generations import temper
 from mole_asr.asr.replay import hear_examples, save_examples
 from mole_asr.asr.task import MoleTask
@@ -116,6 +117,7 @@ class ExportRecogniser(ExportModel):
         """Gives a new language its threshold."""
         assert isinstance(task, MoleTask)
         if task.freeze_old:
+            remember(task.model, self._hear(trainer, task))  # so that it hears as it will when it is loaded
             temper(task.model, trainer.datamodule.whole_validation())  # type: ignore[attr-defined]
 
     def save(self, trainer: Trainer, task: LightningModule) -> None:
@@ -126,10 +128,14 @@ class ExportRecogniser(ExportModel):
         save_ngrams({**new, **old} if task.freeze_old else {**old, **new}, self.folder / NGRAM_FILE)
         task.blend_with_pretrained()
         _check_finite(task)
+        save_examples(self._hear(trainer, task), self.folder)
+        save_model(task.model, task.text_tokenizer, self.folder)
+
+    def _hear(self, trainer: Trainer, task: MoleTask) -> dict[str, Tensor]:
+        """Examples of each language; what is frozen keeps those that it had."""
         with trainer.precision_plugin.val_step_context():
             examples = hear_examples(task.model, trainer.datamodule.whole_validation())  # type: ignore[attr-defined]
-        save_examples({**examples, **task.old_examples} if task.freeze_old else examples, self.folder)
-        save_model(task.model, task.text_tokenizer, self.folder)
+        return {**examples, **task.old_examples} if task.freeze_old else examples
 
 
 def _count_ngrams(trainer: Trainer) -> dict[str, TokenNgram]:

@@ -31,14 +31,16 @@ class LanguageEvidence:
     reliability_logits_B: Tensor | None = None
     reliability_logits_BT: Tensor | None = None
 
-    def of(self, utterances_R: Tensor) -> "LanguageEvidence":
+    def rows(self, utterances_R: Tensor) -> "LanguageEvidence":
         """The evidence of some utterances, int64 [R]."""
-        reliability = (
-            None if each is None else each[utterances_R]
-            for each in (self.reliability_logits_B, self.reliability_logits_BT)
+        reliability_B, reliability_BT = self.reliability_logits_B, self.reliability_logits_BT
+        return LanguageEvidence(
+            evidence_BTN=self.evidence_BTN[utterances_R],
+            logits_BN=self.logits_BN[utterances_R],
+            hidden_BTH=self.hidden_BTH[utterances_R],
+            reliability_logits_B=None if reliability_B is None else reliability_B[utterances_R],
+            reliability_logits_BT=None if reliability_BT is None else reliability_BT[utterances_R],
         )
-        heard = (each[utterances_R] for each in (self.evidence_BTN, self.logits_BN, self.hidden_BTH))
-        return LanguageEvidence(*heard, *reliability)
 
     def mean_hidden(self, valid_BT: Tensor) -> Tensor:
         """The mean of `hidden_BTH` over the valid frames of each utterance, float32 [B, H]."""
@@ -47,8 +49,14 @@ class LanguageEvidence:
 
     def joined(self, trust_B: Tensor, opinion_BN: Tensor, valid_BT: Tensor) -> "LanguageEvidence":
         """The evidence, so much of it as is trusted, and what another witness adds to the logits of each utterance."""
-        evidence_BTN = trust_B[:, None, None] * self.evidence_BTN + opinion_BN[:, None] * valid_BT[:, :, None]
-        return replace(self, evidence_BTN=evidence_BTN, logits_BN=trust_B[:, None] * self.logits_BN + opinion_BN)
+        reliability_B, reliability_BT = self.reliability_logits_B, self.reliability_logits_BT
+        return replace(
+            self,
+            evidence_BTN=trust_B[:, None, None] * self.evidence_BTN + opinion_BN[:, None] * valid_BT[:, :, None],
+            logits_BN=trust_B[:, None] * self.logits_BN + opinion_BN,
+            reliability_logits_B=None if reliability_B is None else trust_B * reliability_B,
+            reliability_logits_BT=None if reliability_BT is None else trust_B[:, None] * reliability_BT,
+        )
 
     def select(self, languages: Sequence[int]) -> "LanguageEvidence":
         """The evidence of some of the languages, in this order."""

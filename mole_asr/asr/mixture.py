@@ -370,11 +370,14 @@ class ExpertMixture(nn.Module):
             newest_B: `Decision.newest_B`: later generations of languages have no say about an utterance in the language
                 of an old one.
         """
-        hidden_BH = evidence.mean_hidden(frames.valid_BT)
         if not self.familiarity:
-            return hidden_BH.new_ones(len(hidden_BH), dtype=torch.bool)
+            return torch.ones_like(frames.lengths_B, dtype=torch.bool)
+        hidden_BH = evidence.mean_hidden(frames.valid_BT)
         familiar_BG = torch.stack([familiar(hidden_BH) for familiar in self.familiarity], dim=1)
-        return familiar_BG[:, -1] if newest_B is None else familiar_BG.gather(1, newest_B[:, None])[:, 0]
+        if newest_B is None:
+            return familiar_BG[:, -1]
+        known = familiar_BG.shape[1]  # to generations behind them, all sounds familiar
+        return familiar_BG.gather(1, newest_B[:, None].clamp(max=known - 1))[:, 0] | (newest_B >= known)
 
     def _language_vectors(self, context: RoutingContext) -> Tensor:
         """The vector of each utterance's language [B, 1, D], or of each frame's [B, T, D] (zero at padding)."""

@@ -203,9 +203,11 @@ class PretrainedModel(nn.Module):
         evidence = self.mixture.hear(x_BTD, frames)
         decision = self.mixture.decide(evidence, frames, languages_B, true_probability)
         memory_BTD = self._upper(x_BTD, frames, decision)
-        if self.attention_head is not None and languages_B is None and not self.training and self.config.second_hearing:
-            opinion_BN = self.attention_head.language_opinion(memory_BTD, frames.lengths_B, self.mixture.languages)
-            memory_BTD, decision = self._hear_again(x_BTD, frames, memory_BTD, evidence, opinion_BN, decision)
+        head = self.attention_head
+        if head is not None and languages_B is None and not self.training and self.config.second_hearing:
+            opinion_BN = head.language_opinion(memory_BTD, frames.lengths_B, self.mixture.languages)
+            evidence = self._joined(evidence, opinion_BN, frames, decision)
+            memory_BTD, decision = self._hear_again(x_BTD, frames, memory_BTD, evidence, decision)
         speech_B = lengths_B
         if self.features is not None:  # the CTC head does not hear the silence: it would learn to write nothing
             speech_B = -(-audio_lengths_B // round(self.frame_shift_s * SAMPLING_RATE_HZ))
@@ -224,16 +226,22 @@ class PretrainedModel(nn.Module):
         missing = max(0, int(longer_B.max()) - audio_BS.shape[1])
         return functional.pad(audio_BS, (0, missing)), longer_B
 
+    def _joined(
+        self, evidence: LanguageEvidence, opinion_BN: Tensor, frames: Frames, first: Decision
+    ) -> LanguageEvidence:
+        """What the language tokenizer heard, and the text decoder's log-probabilities of the languages.
+
+        Of voices that are strange to the language tokenizer, it counts less, and the text decoder more.
+        """
+        familiar_B = self.mixture.sounds_familiar(evidence, frames, first.newest_B)
+        trust_B = torch.where(familiar_B, 1.0, STRANGER_TRUST)
+        weight_B = self.config.second_hearing * torch.where(familiar_B, 1.0, STRANGER_OPINION)
+        return evidence.joined(trust_B, weight_B[:, None] * opinion_BN, frames.valid_BT)
+
     def _hear_again(
-        self,
-        x_BTD: Tensor,
-        frames: Frames,
-        memory_BTD: Tensor,
-        evidence: LanguageEvidence,
-        opinion_BN: Tensor,
-        first: Decision,
+        self, x_BTD: Tensor, frames: Frames, memory_BTD: Tensor, evidence: LanguageEvidence, first: Decision
     ) -> tuple[Tensor, Decision]:
-        """Lets the text decoder have a say about the languages; what that changes is computed again.
+        """Decides once more, by the evidence of both; what that changes is computed again.
 
         Of most utterances it changes neither the language nor, by more than `SAME_RELIABILITY`, the reliability; the
         upper blocks of these, with their experts, are a fifth of the work.
@@ -242,22 +250,17 @@ class PretrainedModel(nn.Module):
             x_BTD: the stream behind the language tokenizer.
             frames: of the batch.
             memory_BTD: what the encoder gives after the first hearing.
-            evidence: what the language tokenizer heard.
-            opinion_BN: log-probabilities of the languages, of the text decoder.
-            first: the decision by the evidence alone.
+            evidence: of both.
+            first: the decision by the language tokenizer alone.
 
         Returns:
             What the encoder gives, and the decision; its plans are those of the first hearing.
         """
-        familiar_B = self.mixture.sounds_familiar(evidence, frames, first.newest_B)
-        trust_B = torch.where(familiar_B, 1.0, STRANGER_TRUST)
-        weight_B = self.config.second_hearing * torch.where(familiar_B, 1.0, STRANGER_OPINION)
-        evidence = evidence.joined(trust_B, weight_B[:, None] * opinion_BN, frames.valid_BT)
         second = self.mixture.decide(evidence, frames)
         changed_R = second.departs_from(first, SAME_RELIABILITY).nonzero()[:, 0]
         if len(changed_R):
             some = self.encoder.frames(frames.lengths_B[changed_R], x_BTD.shape[1])
-            decision = self.mixture.decide(evidence.of(changed_R), some)
+            decision = self.mixture.decide(evidence.rows(changed_R), some)
             memory_BTD = memory_BTD.index_copy(0, changed_R, self._upper(x_BTD[changed_R], some, decision))
         return memory_BTD, replace(second, plans=first.plans)
 

@@ -1,6 +1,6 @@
 """Feature replay: a model keeps what its language tokenizer heard of each language, for when one is added later.
 
-It is what sounds familiar to the model, too (`asr/familiarity.py`).
+By the same examples a model tells strangers from voices that it knows (`asr/familiarity.py`).
 
 Who learns a language from its recordings alone never hears what it is not, and takes all speech for it. No recording
 of the old languages is needed against that: the last layer of the language tokenizer is linear, so what it says of an

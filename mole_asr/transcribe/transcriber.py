@@ -41,10 +41,9 @@ _WINDOW_BATCHES = 4
 _FIRST_WINDOW = 1 / 16
 # Where no language is as likely as this, the attention head writes in each of the likeliest five.
 _SURE, _CANDIDATES = 0.98, 5
-# What a text says for its language: the logarithm of its probability a token, times the one; and against it its words
-# a second, times the other: who takes speech for another language hears many little words. All were chosen on new
+# What a text says for its language: the logarithm of its probability a token, times this. Both were chosen on new
 # voices that recipes/whisper_mole does not score; its README says what they bring.
-_TEXT_WEIGHT, _WORD_RATE_WEIGHT = 10.0, 1.5
+_TEXT_WEIGHT = 10.0
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> "Transcriber":
@@ -267,9 +266,8 @@ class Transcriber:
     def _compare_languages(self, batch: list[Piece]) -> None:
         """Listens once more in each of the likeliest languages of a piece; the likeliest text tells which it is.
 
-        A posterior p becomes p x exp(`_TEXT_WEIGHT` x log-probability of the text a token - `_WORD_RATE_WEIGHT` x its
-        words a second), among these languages; that of the language chosen is the reliability. Word lists have a say
-        where each of the languages has one.
+        A posterior p becomes p x exp(`_TEXT_WEIGHT` x log-probability of the text a token), among these languages;
+        that of the language chosen is the reliability. Words have a say where each of the languages has a list.
         """
         posterior_BN = np.stack([piece.heard.language_probabilities_N for piece in batch])
         order_BC = (-posterior_BN).argsort(axis=1, kind="stable")[:, :_CANDIDATES]
@@ -280,9 +278,7 @@ class Transcriber:
             candidates = [heard_B[row] for heard_B in heard_CB]
             listed = all(self.model.languages[language] in self.words for language in order_BC[row])
             said_C = np.array([each.score if listed else each.log_prob for each in candidates])
-            words_C = np.array([len(each.words) for each in candidates])
-            rate_C = words_C / max(1.0, piece.end_s - piece.start_s)
-            score_C = prior_BC[row] + _TEXT_WEIGHT * said_C - _WORD_RATE_WEIGHT * rate_C
+            score_C = prior_BC[row] + _TEXT_WEIGHT * said_C
             share_C = np.exp(score_C - score_C.max())
             after_N = posterior_BN[row].copy()
             after_N[order_BC[row]] = after_N[order_BC[row]].sum() * share_C / share_C.sum()

@@ -56,10 +56,7 @@ def test_where_the_language_is_unsure_the_likeliest_text_tells_it(
             with torch.no_grad():
                 told = model(torch.from_numpy(wave)[None], torch.tensor([len(wave)]), torch.tensor([n]))
                 (written,) = head.write(told.memory_BTD, told.frames.lengths_B, torch.tensor([n]))
-            (read,) = listener.transcribe(wave, language=code)
-            words_a_second = sum(len(segment.words) for segment in read.segments) / max(1.0, read.duration_s)
-            prior = math.log(before.language_probabilities[code])
-            scores[code] = prior + weight * written.log_prob - transcriber._WORD_RATE_WEIGHT * words_a_second
+            scores[code] = math.log(before.language_probabilities[code]) + weight * written.log_prob
         best = max(scores, key=scores.__getitem__)
         (told_best,) = listener.transcribe(wave, language=best)
         assert (after.language, after.text) == (best, told_best.text)
@@ -90,26 +87,6 @@ def test_languages_are_compared_by_words_where_all_have_a_list(
         listener._compare_languages([piece])
         assert piece.heard.language_probabilities_N.argmax() == best
         assert piece.heard.score == scores[best]
-
-
-def test_many_words_a_second_speak_against_a_language(
-    model: PretrainedModel, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    listener, posterior_N = Transcriber(model, tokenizer), np.full(len(LANGUAGES), 1 / len(LANGUAGES))
-    words = [[Word("a", 0.0, 0.1, 1.0)] * count for count in (2, 1, 3)]
-    monkeypatch.setattr(
-        listener,
-        "_listen",
-        lambda batch, languages: [Heard(words[n], 0.5, posterior_N, -1.0, -1.0) for n in languages for _ in batch],
-    )
-    # A piece of half a second counts as one of a second; in one of a hundred, a word more or less says little.
-    for seconds, shares in ((0.5, (-2, -1, -3)), (100.0, (-0.02, -0.01, -0.03))):
-        piece = Piece(np.zeros(1), 0.0, seconds)
-        piece.heard = Heard([], 0.5, posterior_N)
-        listener._compare_languages([piece])
-        wanted_N = np.exp(transcriber._WORD_RATE_WEIGHT * np.array(shares))
-        np.testing.assert_allclose(piece.heard.language_probabilities_N, wanted_N / wanted_N.sum())
-        assert len(piece.heard.words) == 1
 
 
 def test_a_prior_is_learnt_from_all_pieces() -> None:

@@ -175,6 +175,7 @@ def test_a_file_that_ctranslate2_wrote(
     logits_UV = torch.tensor(np.stack([np.array(each) for each in heard.logits[0]]))
     checkpoint = load_whisper(folder)
     assert checkpoint.config == CONFIG
+    assert all(value.dtype == torch.float32 for value in [*checkpoint.encoder.values(), *checkpoint.decoder.values()])
     encoder, decoder = WhisperEncoder(checkpoint.config).eval(), WhisperDecoder(checkpoint.config).eval()
     encoder.load_state_dict(checkpoint.encoder)
     decoder.load_state_dict(checkpoint.decoder)
