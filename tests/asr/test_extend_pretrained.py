@@ -8,11 +8,13 @@ import torch
 
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.extend import extend
+from mole_asr.asr.familiarity import remember
 from mole_asr.asr.fine_tuning import FineTuning, fine_tuning_optimizer
 from mole_asr.asr.generations import contemporaries, guard, mixture_of, train_last_generation, wake
 from mole_asr.asr.losses import losses
 from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel, from_checkpoint
 from mole_asr.asr.prune import prune
+from mole_asr.asr.replay import save_examples
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer, extend_tokenizer
 from mole_asr.transcribe import transcriber
@@ -22,7 +24,7 @@ from .conftest import LANGUAGES
 
 @pytest.fixture
 def folder(whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch, tmp_path: Path) -> Path:
-    """A saved model whose CTC head has heard something."""
+    """A saved model whose CTC head has heard something, and to which some of the utterances are strange."""
     torch.manual_seed(0)
     config = PretrainedConfig(checkpoint=str(whisper_folder), num_mole_blocks=1, language_tokenizer_block=1)
     model = from_checkpoint(config, LANGUAGES, tokenizer.vocab_size)
@@ -31,7 +33,13 @@ def folder(whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch, tmp_pat
         for layer in model.modules():
             if hasattr(layer, "moe"):  # experts that differ, as after training
                 layer.moe.experts.reset_parameters()
+        heard = model.eval()(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)
+        hidden_BH = heard.decision.evidence.mean_hidden(heard.frames.valid_BT)
+        remember(model, examples := {code: hidden_BH[:2].repeat(2, 1) for code in LANGUAGES})
+        familiar_B = model.mixture.sounds_familiar(heard.decision.evidence, heard.frames, None)
+        assert familiar_B.any() and not familiar_B.all()
     save_model(model, tokenizer, tmp_path / "old")
+    save_examples(examples, tmp_path / "old")
     return tmp_path / "old"
 
 
@@ -78,6 +86,7 @@ def test_extended_and_pruned_models_give_the_same_bits(
     extend(str(folder), str(tmp_path / "new"), languages=["haw"], tokenizer=str(wider_folder[0]))
     prune(str(tmp_path / "new"), str(tmp_path / "small"), languages=["fr", "de"])
     old, new, small = load(folder), load(tmp_path / "new"), load(tmp_path / "small")
+    assert all(model.mixture.familiarity for model in (old, new, small)), "all know strangers"
     V = old.vocab_size
     with torch.inference_mode():
         for told in (None, torch.tensor([0, 2, 2, 0])):
