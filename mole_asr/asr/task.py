@@ -105,42 +105,51 @@ class MoleTask(ResumableTask):
         self.text_tokenizer = TextTokenizer(tokenizer)
         self.loss_weights, self.optimizer_config, self.fine_tuning = loss_weights, optimizer, fine_tuning
         self.scheduled_share, self.seed = scheduled_share, seed
-        torch.manual_seed(seed)
-        self.model: Recogniser
         self.old_ngrams: dict[str, TokenNgram] = {}
         self.old_examples: dict[str, Tensor] = {}
+        torch.manual_seed(seed)
         config = encoder if pretrained is None else pretrained
-        if init_from is None:
-            if pretrained is not None:
-                self.model = from_checkpoint(pretrained, languages, self.text_tokenizer.vocab_size)
-            else:
-                self.model = MoleModel(encoder, languages, self.text_tokenizer.vocab_size)
-        else:
-            old, old_tokenizer = load_model(Path(init_from))
-            if config != EncoderConfig() and config.spelled_out(old.languages) != old.config:
-                leave_out = "leave the keys out" if pretrained is None else "give --model.pretrained null"
-                raise MoleError(f"{config.section}: with model.init_from, it is that of the old model; {leave_out}")
-            self.model = grow_model(old, old_tokenizer, self.text_tokenizer, languages)
-            wake(self.model)
-            if not freeze_old:
-                merge_generations(self.model)
-            if (ngrams := Path(init_from) / NGRAM_FILE).exists():
-                self.old_ngrams = load_ngrams(ngrams, old_tokenizer.vocab_size)
-        _refuse_unused(optimizer, fine_tuning, isinstance(self.model, PretrainedModel))
-        if freeze_old and init_from is None:
+        self.model: Recogniser
+        if init_from is not None:
+            self.model = self._grow(Path(init_from), languages, config, freeze_old)
+        elif freeze_old:
             raise MoleError("model.freeze_old: there is nothing old; give model.init_from, or leave it out")
+        elif pretrained is not None:
+            self.model = from_checkpoint(pretrained, languages, self.text_tokenizer.vocab_size)
+        else:
+            self.model = MoleModel(encoder, languages, self.text_tokenizer.vocab_size)
+        _refuse_unused(optimizer, fine_tuning, isinstance(self.model, PretrainedModel))
         self.freeze_old = freeze_old
         self._trained = train_last_generation(self.model) if freeze_old else []
-        self.replay: Replay | None = None
-        if freeze_old and init_from is not None:
-            self.old_examples = load_examples(init_from)
-            self.replay = replay_of(self.old_examples, self.model)
+        self.replay: Replay | None = replay_of(self.old_examples, self.model) if freeze_old else None
         self.model.feature_augment = SpecAugment() if spec_augment else None
         # Of each language: character errors, those of the CTC head alone, characters of the references; and its longest
         # utterance, decoded.
         self._counts_N3 = torch.zeros(len(languages), 3)
         self._new_parts_only = False
         self._samples: dict[int, str] = {}
+
+    def _grow(
+        self, folder: Path, languages: list[str], config: EncoderConfig | PretrainedConfig, freeze_old: bool
+    ) -> Recogniser:
+        """The model of a folder, grown to the pieces and languages of the data; keeps what else it knows of the old.
+
+        Raises:
+            MoleError: the folder cannot be read, or the config is another one than that of the model.
+        """
+        old, old_tokenizer = load_model(folder)
+        if config != EncoderConfig() and config.spelled_out(old.languages) != old.config:
+            leave_out = "give --model.pretrained null" if isinstance(config, PretrainedConfig) else "leave the keys out"
+            raise MoleError(f"{config.section}: with model.init_from, it is that of the old model; {leave_out}")
+        model = grow_model(old, old_tokenizer, self.text_tokenizer, languages)
+        wake(model)
+        if not freeze_old:
+            merge_generations(model)
+        if (ngrams := folder / NGRAM_FILE).exists():
+            self.old_ngrams = load_ngrams(ngrams, old_tokenizer.vocab_size)
+        if freeze_old:
+            self.old_examples = load_examples(folder)
+        return model
 
     def ids_fingerprint(self) -> bytes:
         """That of the text tokenizer."""
