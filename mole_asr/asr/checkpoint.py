@@ -19,7 +19,7 @@ from mole_asr.asr.generations import Generation, keep_languages, set_generations
 from mole_asr.asr.model import EncoderConfig, MoleModel
 from mole_asr.asr.model_files import read_json
 from mole_asr.asr.pretrained import ENCODERS, EncoderSizes, PretrainedConfig, PretrainedModel
-from mole_asr.asr.replay import EXAMPLES_FILE, load_examples
+from mole_asr.asr.replay import load_examples
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
@@ -85,10 +85,11 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
         raise MoleError(f"{path}: does not fit config.json ({first} ...); train the model anew") from None
     # The examples of a model in slices are those of the dense one: its hidden vectors are others.
     if isinstance(model, PretrainedModel) and model.attention_head is not None and not describe(model):
+        examples = load_examples(folder)
         try:
-            remember(model, load_examples(folder))
+            remember(model, examples)
         except MoleError as error:
-            raise MoleError(f"{folder / EXAMPLES_FILE}: {error}") from None
+            raise MoleError(f"{folder}: {error}") from None
     return model.to(device).eval(), tokenizer
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mole_asr.asr.generations import generations_of, mixture_of
-from mole_asr.errors import MoleError
+from mole_asr.asr.replay import check_examples
 
 # Of the examples themselves, so many are left to be strange.
 STRANGE_SHARE = 0.01
@@ -58,10 +58,8 @@ def remember(model: nn.Module, examples: Mapping[str, Tensor]) -> None:
     Raises:
         MoleError: they are of another model.
     """
+    check_examples(examples, model)
     mixture, end = mixture_of(model), 0
-    width = mixture.language_tokenizer.languages.in_features
-    if any(each.shape[1:] != (width,) or not len(each) or not each.isfinite().all() for each in examples.values()):
-        raise MoleError("is not of this model; delete it, or copy the model's folder anew")
     mixture.familiarity = nn.ModuleList()
     for generation in generations_of(model):
         end += generation.languages

@@ -93,7 +93,11 @@ def replay_of(examples: Mapping[str, Tensor], model: nn.Module) -> Replay | None
     Args:
         examples: of each language [K, H].
         model: a recogniser that has grown.
+
+    Raises:
+        MoleError: they are of another model.
     """
+    check_examples(examples, model)
     mixture = mixture_of(model)
     old = mixture.languages[: mixture.num_languages - generations_of(model)[-1].languages]
     if lacking := [code for code in old if code not in examples]:
@@ -107,6 +111,17 @@ def replay_of(examples: Mapping[str, Tensor], model: nn.Module) -> Replay | None
         return None
     ids = [n for n, each in kept for _ in each]
     return Replay(torch.cat([each for _, each in kept]), torch.tensor(ids))
+
+
+def check_examples(examples: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuses what a model's language tokenizer cannot have heard.
+
+    Raises:
+        MoleError: examples are of another width, empty, or no numbers.
+    """
+    width = mixture_of(model).language_tokenizer.languages.in_features
+    if any(each.shape[1:] != (width,) or not len(each) or not each.isfinite().all() for each in examples.values()):
+        raise MoleError(f"{EXAMPLES_FILE}: is not of this model; delete it, or copy the model's folder anew")
 
 
 def save_examples(examples: Mapping[str, Tensor], folder: str | Path) -> None:

@@ -85,6 +85,8 @@ def test_what_lacks_is_said(
     replay = replay_of({"nl": torch.zeros(1, width), "en": torch.zeros(2, width)}, model)
     assert replay is not None and replay.languages_M.tolist() == [1, 1], "Dutch is new"
     assert "no examples of de, fr" in caplog.text
+    with pytest.raises(MoleError, match="is not of this model"):
+        replay_of({"en": torch.zeros(2, width + 1)}, model)
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
