@@ -1,11 +1,12 @@
 """A trained model as a folder: tensors and JSON only, nothing pickled.
 
 model.safetensors, config.json (sizes and switches), languages.json (codes, in the order of the experts),
-tokenizer.model; and, of a model that stands on Whisper, Whisper's tokenizer.json. Beside them `fit` writes n-grams
-(`decode/ngram.py`) and examples of what was heard (`replay.py`).
+tokenizer.model; where they were heard, examples of the languages (`replay.py`); and, of a model that stands on Whisper,
+Whisper's tokenizer.json.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -13,13 +14,14 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mole_asr.asr.familiarity import remember
 from mole_asr.asr.generations import Generation, keep_languages, set_generations
 from mole_asr.asr.model import EncoderConfig, MoleModel
 from mole_asr.asr.model_files import read_json
 from mole_asr.asr.pretrained import ENCODERS, EncoderSizes, PretrainedConfig, PretrainedModel
-from mole_asr.asr.replay import load_examples
+from mole_asr.asr.replay import load_examples, save_examples
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
@@ -30,8 +32,17 @@ FORMAT = 1
 Recogniser: TypeAlias = MoleModel | PretrainedModel
 
 
-def save_model(model: Recogniser, tokenizer: TextTokenizer, folder: str | Path) -> None:
-    """Writes all files; the weights go first and come last, so a folder that has none is not whole."""
+def save_model(
+    model: Recogniser, tokenizer: TextTokenizer, folder: str | Path, examples: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes all files; the weights go first and come last, so a folder that has none is not whole.
+
+    Args:
+        model: a recogniser.
+        tokenizer: its text tokenizer.
+        folder: to write; examples of a model that was there before go.
+        examples: what was heard of each language (`replay.py`), if anything was.
+    """
     folder = Path(folder)
     weights = folder / "model.safetensors"
     weights.unlink(missing_ok=True)
@@ -50,6 +61,7 @@ def save_model(model: Recogniser, tokenizer: TextTokenizer, folder: str | Path) 
     tokenizer.save(folder)
     write_text(folder / "languages.json", json.dumps(model.languages) + "\n")
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    save_examples(examples or {}, folder)
     with atomic_path(weights) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.grow import grow_model
-from mole_asr.asr.replay import copy_examples
+from mole_asr.asr.replay import load_examples
 from mole_asr.corpus.languages import check_language
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.decode.ngram import NGRAM_FILE, load_ngrams, save_ngrams
@@ -57,8 +57,7 @@ def extend(
     ngrams = Path(model) / NGRAM_FILE
     if ngrams.exists():
         save_ngrams(load_ngrams(ngrams, old_tokenizer.vocab_size), Path(output) / NGRAM_FILE)
-    copy_examples(model, output)
-    save_model(grown, new_tokenizer, output)
+    save_model(grown, new_tokenizer, output, load_examples(model))
     added = sum(p.numel() for p in grown.parameters()) - sum(p.numel() for p in old.parameters())
     pieces = new_tokenizer.vocab_size - old_tokenizer.vocab_size
     return f"{output}: {', '.join(new)} with {experts} new experts a block, {pieces} pieces, {added:,} parameters more"

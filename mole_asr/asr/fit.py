@@ -21,7 +21,7 @@ from mole_asr.arguments import explain
 from mole_asr.asr.checkpoint import save_model
 from mole_asr.asr.familiarity import remember
 from mole_asr.asr.generations import temper
-from mole_asr.asr.replay import hear_examples, save_examples
+from mole_asr.asr.replay import hear_examples
 from mole_asr.asr.task import MoleTask
 from mole_asr.audio.augment import AugmentConfig
 from mole_asr.corpus.data_module import SpeechDataModule
@@ -128,8 +128,7 @@ class ExportRecogniser(ExportModel):
         save_ngrams({**new, **old} if task.freeze_old else {**old, **new}, self.folder / NGRAM_FILE)
         task.blend_with_pretrained()
         _check_finite(task)
-        save_examples(self._hear(trainer, task), self.folder)
-        save_model(task.model, task.text_tokenizer, self.folder)
+        save_model(task.model, task.text_tokenizer, self.folder, self._hear(trainer, task))
 
     def _hear(self, trainer: Trainer, task: MoleTask) -> dict[str, Tensor]:
         """Examples of each language; what is frozen keeps those that it had."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.generations import keep_languages
-from mole_asr.asr.replay import copy_examples
+from mole_asr.asr.replay import load_examples
 from mole_asr.decode.ngram import NGRAM_FILE, load_ngrams, save_ngrams
 from mole_asr.errors import MoleError
 from mole_asr.files import check_output_folder
@@ -44,7 +44,6 @@ def prune(model: str, output: str, *, languages: Sequence[str]) -> str:
     if ngrams.exists():
         kept = load_ngrams(ngrams, tokenizer.vocab_size)
         save_ngrams({code: kept[code] for code in whole.languages if code in kept}, Path(output) / NGRAM_FILE)
-    copy_examples(model, output)
-    save_model(whole, tokenizer, output)
+    save_model(whole, tokenizer, output, load_examples(model))
     after = sum(p.numel() for p in whole.parameters())
     return f"{output}: {', '.join(whole.languages)}; {after:,} of {before:,} parameters"

@@ -125,7 +125,10 @@ def check_examples(examples: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def save_examples(examples: Mapping[str, Tensor], folder: str | Path) -> None:
-    """Writes examples into the folder of a model."""
+    """Writes examples into the folder of a model; without any, what is there goes."""
+    if not examples:
+        (Path(folder) / EXAMPLES_FILE).unlink(missing_ok=True)
+        return
     with atomic_path(Path(folder) / EXAMPLES_FILE) as temporary:
         save_file({code: each.contiguous() for code, each in examples.items()}, temporary)
 
@@ -141,10 +144,3 @@ def load_examples(folder: str | Path) -> dict[str, Tensor]:
         return load_file(path) if path.exists() else {}
     except (OSError, SafetensorError) as error:
         raise MoleError(f"{path}: cannot be read ({error}); copy the folder anew, or delete it") from None
-
-
-def copy_examples(source: str | Path, target: str | Path) -> None:
-    """Takes the examples of a model along into the folder of another; where it has none, the other has none either."""
-    (Path(target) / EXAMPLES_FILE).unlink(missing_ok=True)
-    if examples := load_examples(source):
-        save_examples(examples, target)

@@ -13,7 +13,7 @@ from mole_asr.asr.checkpoint import Recogniser, load_model, save_model
 from mole_asr.asr.conformer import FeedForward
 from mole_asr.asr.losses import ctc_loss
 from mole_asr.asr.model import ModelOutput, MoleModel
-from mole_asr.asr.replay import EXAMPLES_FILE
+from mole_asr.asr.replay import load_examples
 from mole_asr.asr.whisper import WhisperFeedForward
 from mole_asr.audio.features import valid_mask
 from mole_asr.convert.host import Counts, DensePart, Host, Prediction
@@ -145,12 +145,11 @@ class SpeechHost(Host):
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load_model` reads; what else a model keeps comes along, another's goes."""
-        save_model(self.model, self.tokenizer, folder)
-        for name in (NGRAM_FILE, EXAMPLES_FILE):
-            if (self.folder / name).exists():
-                shutil.copyfile(self.folder / name, Path(folder) / name)
-            else:
-                (Path(folder) / name).unlink(missing_ok=True)
+        save_model(self.model, self.tokenizer, folder, load_examples(self.folder))
+        if (self.folder / NGRAM_FILE).exists():
+            shutil.copyfile(self.folder / NGRAM_FILE, Path(folder) / NGRAM_FILE)
+        else:
+            (Path(folder) / NGRAM_FILE).unlink(missing_ok=True)
 
 
 def _is_dense(name: str, module: nn.Module) -> bool:

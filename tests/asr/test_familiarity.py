@@ -106,9 +106,8 @@ def test_the_examples_of_a_model_are_its_own(
 
 def test_a_pruned_model_knows_the_same_voices(whisper_folder: Path, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     model = build_on_whisper(whisper_folder, tokenizer)
-    save_model(model, tokenizer, tmp_path)
     width = mixture_of(model).language_tokenizer.languages.in_features
-    save_examples({code: voices(n, 5, width) for n, code in enumerate(LANGUAGES)}, tmp_path)
+    save_model(model, tokenizer, tmp_path, {code: voices(n, 5, width) for n, code in enumerate(LANGUAGES)})
     prune(str(tmp_path), str(tmp_path / "small"), languages=[LANGUAGES[1]])
     (whole,), (small,) = (load_model(folder)[0].mixture.familiarity for folder in (tmp_path, tmp_path / "small"))
     assert torch.equal(small.known_MH, whole.known_MH) and torch.equal(small.least, whole.least)
