@@ -96,7 +96,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
         first = " ".join(str(error).split())[:200]
         raise MoleError(f"{path}: does not fit config.json ({first} ...); train the model anew") from None
     # The examples of a model in slices are those of the dense one: its hidden vectors are others.
-    if isinstance(model, PretrainedModel) and model.attention_head is not None and not describe(model):
+    if model.attention_head is not None and not describe(model):
         examples = load_examples(folder)
         try:
             remember(model, examples)

@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from argparse import ArgumentError
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -113,11 +114,15 @@ def _check_finite(task: LightningModule) -> None:
 class ExportRecogniser(ExportModel):
     """Writes a recogniser, n-grams of the training texts, and what the language tokenizer heard in validation."""
 
+    _examples: Mapping[str, Tensor] | None = None  # heard by `finish`
+
     def finish(self, trainer: Trainer, task: LightningModule) -> None:
         """Gives a new language its threshold."""
         assert isinstance(task, MoleTask)
         if task.freeze_old:
-            remember(task.model, self._hear(trainer, task))  # so that it hears as it will when it is loaded
+            # A threshold changes no hidden vector: what is heard now is what will be written.
+            self._examples = {**self._hear(trainer, task), **task.old_examples}
+            remember(task.model, self._examples)  # so that it hears as it will when it is loaded
             temper(task.model, trainer.datamodule.whole_validation())  # type: ignore[attr-defined]
 
     def save(self, trainer: Trainer, task: LightningModule) -> None:
@@ -128,13 +133,13 @@ class ExportRecogniser(ExportModel):
         save_ngrams({**new, **old} if task.freeze_old else {**old, **new}, self.folder / NGRAM_FILE)
         task.blend_with_pretrained()
         _check_finite(task)
-        save_model(task.model, task.text_tokenizer, self.folder, self._hear(trainer, task))
+        examples = self._hear(trainer, task) if self._examples is None else self._examples
+        save_model(task.model, task.text_tokenizer, self.folder, examples)
 
     def _hear(self, trainer: Trainer, task: MoleTask) -> dict[str, Tensor]:
-        """Examples of each language; what is frozen keeps those that it had."""
+        """Examples of each language of the validation data."""
         with trainer.precision_plugin.val_step_context():
-            examples = hear_examples(task.model, trainer.datamodule.whole_validation())  # type: ignore[attr-defined]
-        return {**examples, **task.old_examples} if task.freeze_old else examples
+            return hear_examples(task.model, trainer.datamodule.whole_validation())  # type: ignore[attr-defined]
 
 
 def _count_ngrams(trainer: Trainer) -> dict[str, TokenNgram]:

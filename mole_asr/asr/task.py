@@ -108,10 +108,9 @@ class MoleTask(ResumableTask):
         self.old_ngrams: dict[str, TokenNgram] = {}
         self.old_examples: dict[str, Tensor] = {}
         torch.manual_seed(seed)
-        config = encoder if pretrained is None else pretrained
         self.model: Recogniser
         if init_from is not None:
-            self.model = self._grow(Path(init_from), languages, config, freeze_old)
+            self.model = self._grow(Path(init_from), languages, pretrained or encoder, freeze_old)
         elif freeze_old:
             raise MoleError("model.freeze_old: there is nothing old; give model.init_from, or leave it out")
         elif pretrained is not None:

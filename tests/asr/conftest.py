@@ -215,6 +215,12 @@ def build_on_whisper(folder: Path, tokenizer: TextTokenizer, **changes: Any) -> 
     return from_checkpoint(PretrainedConfig(**switches), LANGUAGES, tokenizer.vocab_size)
 
 
+def make_experts_differ(model: PretrainedModel, by: float = 0.3) -> None:
+    """Adds noise to the experts of the last block, so that the language tells."""
+    for n, parameter in enumerate(model.encoder.blocks[-1].feed_forward.moe.experts.parameters()):
+        parameter.data += by * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n))
+
+
 def attention_loss(model: PretrainedModel, batch: Batch, smoothing: float = 0.1) -> torch.Tensor:
     """The loss of its attention head."""
     output = model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B)

@@ -14,7 +14,6 @@ from mole_asr.asr.generations import contemporaries, guard, mixture_of, train_la
 from mole_asr.asr.losses import losses
 from mole_asr.asr.pretrained import PretrainedConfig, PretrainedModel, from_checkpoint
 from mole_asr.asr.prune import prune
-from mole_asr.asr.replay import save_examples
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer, extend_tokenizer
 from mole_asr.transcribe import transcriber
@@ -38,8 +37,7 @@ def folder(whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch, tmp_pat
         remember(model, examples := {code: hidden_BH[:2].repeat(2, 1) for code in LANGUAGES})
         familiar_B = model.mixture.sounds_familiar(heard.decision.evidence, heard.frames, None)
         assert familiar_B.any() and not familiar_B.all()
-    save_model(model, tokenizer, tmp_path / "old")
-    save_examples(examples, tmp_path / "old")
+    save_model(model, tokenizer, tmp_path / "old", examples)
     return tmp_path / "old"
 
 

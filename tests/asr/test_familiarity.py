@@ -19,7 +19,7 @@ from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
 
-from .conftest import LANGUAGES, build_on_whisper
+from .conftest import LANGUAGES, build_on_whisper, make_experts_differ
 
 
 def voices(seed: int, count: int, width: int = 16) -> torch.Tensor:
@@ -119,8 +119,7 @@ def test_of_a_stranger_the_decoder_has_more_to_say(
     whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch, strange: bool, routing_unit: str
 ) -> None:
     model = build_on_whisper(whisper_folder, tokenizer, second_hearing=3.0, routing_unit=routing_unit).eval()
-    for n, parameter in enumerate(model.encoder.blocks[-1].feed_forward.moe.experts.parameters()):
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n))
+    make_experts_differ(model)
     inputs, head = (batch.audio_BS, batch.audio_lengths_B), model.attention_head
     with torch.no_grad():
         first = model(*inputs, torch.full((len(batch.audio_lengths_B),), -1))  # no language is given, nobody is asked

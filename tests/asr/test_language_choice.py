@@ -22,7 +22,7 @@ from mole_asr.transcribe.few_languages import expect_few_languages
 from mole_asr.transcribe.pieces import Heard, Piece
 from mole_asr.transcribe.transcriber import Transcriber
 
-from .conftest import LANGUAGES, build_on_whisper
+from .conftest import LANGUAGES, build_on_whisper, make_experts_differ
 
 
 @pytest.fixture
@@ -35,8 +35,7 @@ def test_where_the_language_is_unsure_the_likeliest_text_tells_it(
 ) -> None:
     model.eval()
     model.config = replace(model.config, second_hearing=0.0)
-    for n, parameter in enumerate(model.encoder.blocks[-1].feed_forward.moe.experts.parameters()):
-        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n))
+    make_experts_differ(model, by=1.0)
     listener, head = Transcriber(model, tokenizer), model.attention_head
     assert head is not None
     weight = 50.0  # texts of random weights are much alike

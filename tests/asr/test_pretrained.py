@@ -27,7 +27,7 @@ from mole_asr.errors import MoleError
 from mole_asr.transcribe.transcriber import Transcriber
 from tests.asr.test_text_search import search
 
-from .conftest import LANGUAGES, attention_loss, build_on_whisper
+from .conftest import LANGUAGES, attention_loss, build_on_whisper, make_experts_differ
 
 
 @pytest.fixture
@@ -116,9 +116,8 @@ def test_the_decoder_is_asked_for_the_language_where_none_is_given(
         build_on_whisper(whisper_folder, tokenizer, second_hearing=weight, routing_unit=routing_unit).eval()
         for weight in (3.0, 0)
     )
-    for model in (asking, plain):  # experts that differ, so that the language tells
-        for n, parameter in enumerate(model.encoder.blocks[-1].feed_forward.moe.experts.parameters()):
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n))
+    for model in (asking, plain):
+        make_experts_differ(model)
     inputs = batch.audio_BS, batch.audio_lengths_B
     with torch.no_grad():
         first, second = plain(*inputs), asking(*inputs)
@@ -140,8 +139,7 @@ def test_only_utterances_whose_language_the_decoder_changes_are_computed_again(
     whisper_folder: Path, tokenizer: TextTokenizer, batch: Batch, routing_unit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_on_whisper(whisper_folder, tokenizer, second_hearing=1.0, routing_unit=routing_unit).eval()
-    for n, parameter in enumerate(model.encoder.blocks[-1].feed_forward.moe.experts.parameters()):
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n))
+    make_experts_differ(model)
     inputs = batch.audio_BS, batch.audio_lengths_B
     with torch.no_grad():
         first = model(*inputs, torch.full((len(batch.audio_lengths_B),), -1))  # no language is given, nobody is asked

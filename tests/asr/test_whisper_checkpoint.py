@@ -39,11 +39,17 @@ def features_BTF() -> Tensor:
     return 0.5 * torch.randn(2, 3000, 80, generator=torch.Generator().manual_seed(3))
 
 
-def check(checkpoint: WhisperCheckpoint, model: Any, features_BTF: Tensor, atol: float = 1e-4) -> None:
-    """Compares the activations of both models."""
+def build(checkpoint: WhisperCheckpoint) -> tuple[WhisperEncoder, WhisperDecoder]:
+    """Our modules with what was read."""
     encoder, decoder = WhisperEncoder(checkpoint.config).eval(), WhisperDecoder(checkpoint.config).eval()
     encoder.load_state_dict(checkpoint.encoder)
     decoder.load_state_dict(checkpoint.decoder)
+    return encoder, decoder
+
+
+def check(checkpoint: WhisperCheckpoint, model: Any, features_BTF: Tensor, atol: float = 1e-4) -> None:
+    """Compares the activations of both models."""
+    encoder, decoder = build(checkpoint)
     tokens_BU = torch.arange(14).view(2, 7)
     with torch.inference_mode():
         memory_BTD, lengths_B = encoder(features_BTF, torch.tensor([3000, 3000]))
@@ -160,9 +166,7 @@ def test_a_file_that_ctranslate2_wrote(
     checkpoint = load_whisper(folder)
     assert checkpoint.config == CONFIG
     assert all(value.dtype == torch.float32 for value in [*checkpoint.encoder.values(), *checkpoint.decoder.values()])
-    encoder, decoder = WhisperEncoder(checkpoint.config).eval(), WhisperDecoder(checkpoint.config).eval()
-    encoder.load_state_dict(checkpoint.encoder)
-    decoder.load_state_dict(checkpoint.decoder)
+    encoder, decoder = build(checkpoint)
     tokens_1U = torch.tensor([[*prompt, *heard.sequences_ids[0]]])[:, : len(prompt) + len(logits_UV) - 1]
     with torch.inference_mode():
         memory_1TD, lengths_1 = encoder(features_BTF[:1], torch.tensor([3000]))
