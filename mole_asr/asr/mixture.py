@@ -28,7 +28,6 @@ from mole_asr.moe.routers import (
     LanguageRouter,
     Reliability,
     Router,
-    Routing,
     RoutingContext,
     TopKRouter,
 )
@@ -36,6 +35,7 @@ from mole_asr.moe.routers.language import routed_language, units_of
 from mole_asr.moe.rows import PackedRows
 
 Mixture = Literal["language", "group", "forced", "switch", "omni", "dense"]
+Routing = Literal["predicted", "true", "scheduled"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class MixtureConfig:
         routing_unit: "utterance" or "frame" (for code-switching): what the language is decided for.
         reliability: definition of r: "max_posterior", "entropy", "sigmoid" or "gumbel"; "one" and "zero" are ablations.
         temperature: of the language posterior.
-        routing: "predicted", "true" or "scheduled" (from the true to the predicted language over the training).
+        routing: by which language in training: "predicted", "true" or "scheduled", from the true to the predicted one.
         language_probe: the language tokenizer only listens: its losses do not shape the encoder.
         language_embedding: adds a learned vector of the language to the stream, behind the language tokenizer: the true
             language with routing "true" (an oracle), and where none is given the predicted one.
@@ -98,6 +98,7 @@ class MixtureConfig:
                 f"top_k: {self.top_k} must be 1..{self.num_experts}, the num_experts",
             ),
             (self.routing_unit not in ("utterance", "frame"), f"routing_unit: {self.routing_unit!r} is unknown"),
+            (self.routing not in get_args(Routing), f"routing: {self.routing!r} is unknown"),
             (not 0 < self.temperature < math.inf, f"temperature: {self.temperature:g} must be positive"),
         ]
         self.refuse(problems)
@@ -251,7 +252,7 @@ class ExpertMixture(nn.Module):
         self.language_tokenizer.languages.parts = tuple(parts or (self.num_languages,))
         config = self.config
         self.language_router = LanguageRouter(
-            self.num_languages, config.reliability, config.temperature, config.routing, self.families, parts, kept
+            self.num_languages, config.reliability, config.temperature, self.families, parts, kept
         )
 
     def language_posterior(self, logits: Tensor) -> Tensor:
@@ -295,7 +296,7 @@ class ExpertMixture(nn.Module):
         elif config.mixture == "group":
             num_experts *= self.num_languages
             router = LanguageGroupRouter(
-                self.d_model, self.num_languages, config.num_experts, config.top_k, config.top_k > 1, config.routing
+                self.d_model, self.num_languages, config.num_experts, config.top_k, config.top_k > 1
             )
         agnostic = config.mixture == "language" and config.reliability != "one"
         width = config.expert_d_ff or d_ff
@@ -336,17 +337,17 @@ class ExpertMixture(nn.Module):
             true_probability: with the routing "scheduled", how often the true language is taken in training.
         """
         by_frame = self.config.routing_unit == "frame"
-        routing = self.config.routing if self.training else "true"
-        if routing == "scheduled" and languages_B is not None:
-            # Drawn once: all layers are told the same.
-            chance_B = torch.rand(languages_B.shape, device=languages_B.device)
-            languages_B = languages_B.where(chance_B < true_probability, -1)
+        if self.training and languages_B is not None:
+            if self.config.routing == "scheduled":
+                chance_B = torch.rand(languages_B.shape, device=languages_B.device)
+                languages_B = languages_B.where(chance_B < true_probability, -1)
+            elif self.config.routing == "predicted" and self.config.mixture != "forced":
+                languages_B = None
         context = RoutingContext(
             rows=frames.rows,
             language_logits=evidence.evidence_BTN if by_frame else evidence.logits_BN,
             languages_B=languages_B,
             reliability_logits=evidence.reliability_logits_BT if by_frame else evidence.reliability_logits_B,
-            routing="predicted" if routing == "predicted" else "true",
         )
         heard = self.language_router(None, context)
         plan = heard if self.config.mixture == "language" else None
@@ -383,6 +384,6 @@ class ExpertMixture(nn.Module):
         """The vector of each utterance's language [B, 1, D], or of each frame's [B, T, D] (zero at padding)."""
         assert self.language_embedding is not None and context.language_logits is not None
         predicted_U = units_of(context, context.language_logits, "language_logits").argmax(-1)
-        language_U = routed_language(predicted_U, context, self.config.routing, self.training)
+        language_U = routed_language(predicted_U, context)
         vectors_UD = self.language_embedding(language_U)
         return context.rows.unpack(vectors_UD) if context.by_frame else vectors_UD[:, None]

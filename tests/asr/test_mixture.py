@@ -164,6 +164,26 @@ def test_all_layers_are_told_the_same_language(make_model: Callable[..., MoleMod
     assert len(drawn) > 1
 
 
+def test_in_training_the_configured_routing_says_what_the_labels_are_for(
+    make_model: Callable[..., MoleModel], batch: Batch
+) -> None:
+    def routed(routing: str, probability: float, evaluate: bool = False) -> bool:
+        """Whether all utterances are in the languages that were given, none of which is heard."""
+        torch.manual_seed(0)
+        model = make_model(routing=routing, dropout=0.0).train(not evaluate)
+        given_B = (model(batch.audio_BS, batch.audio_lengths_B).language_logits_BN.argmax(1) + 1) % 3
+        chosen_B = model(batch.audio_BS, batch.audio_lengths_B, given_B, probability).plan.expert_ids[:, 0]
+        is_given_B = chosen_B == given_B
+        assert is_given_B.all() or not is_given_B.any()
+        return bool(is_given_B[0])
+
+    assert routed("true", 0.0) and routed("scheduled", 1.0)
+    assert not routed("predicted", 1.0) and not routed("scheduled", 0.0)
+    assert all(routed(routing, 0.0, evaluate=True) for routing in ("predicted", "true", "scheduled"))
+    with pytest.raises(MoleError, match="routing: 'random' is unknown"):
+        make_model(routing="random")
+
+
 def test_families_share_an_expert(make_model: Callable[..., MoleModel], batch: Batch) -> None:
     model = make_model(expert_of="family", routing="true")  # de, en, fr
     assert model.mixture.expert_names == ["gem", "roa"]

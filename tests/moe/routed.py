@@ -43,8 +43,8 @@ ROUTERS: dict[str, Callable[[int, int], Router]] = {
     "expert_choice": lambda e, k: ExpertChoiceRouter(D, e, k),
     "language": lambda e, k: LanguageRouter(e),
     "language_frame": lambda e, k: LanguageRouter(e, "entropy"),
-    "language_gumbel": lambda e, k: LanguageRouter(e, "gumbel", routing="scheduled"),
-    "family": lambda e, k: LanguageRouter(2 * e, families=[*range(e), *range(e)], routing="true"),
+    "language_gumbel": lambda e, k: LanguageRouter(e, "gumbel"),
+    "family": lambda e, k: LanguageRouter(2 * e, families=[*range(e), *range(e)]),
     "language_generations": lambda e, k: LanguageRouter(2 * e, families=[*range(e), *range(e)], parts=(e, e)),
     "group": lambda e, k: LanguageGroupRouter(D, groups(e), e // groups(e), min(k, e // groups(e))),
     "group_frame": lambda e, k: LanguageGroupRouter(D, groups(e), e // groups(e), 1, renormalize=False),
@@ -86,7 +86,7 @@ class Batch:
 
     def context(self, seed: int = 1) -> RoutingContext:
         rows = PackedRows.from_lengths(self.lengths_B, self.x_BTD.shape[1])
-        return RoutingContext(rows, self.logits, self.languages_B, 0.5, generator=torch.Generator().manual_seed(seed))
+        return RoutingContext(rows, self.logits, self.languages_B, generator=torch.Generator().manual_seed(seed))
 
     def run(self, layer: MoELayer, backend: str = "auto") -> tuple[Tensor, RoutingPlan]:
         layer.backend = backend

@@ -66,7 +66,7 @@ def test_wider_layers_compute_the_old_part_with_the_same_bits(old: int, new: int
 def context(logits_BN: torch.Tensor, languages: list[int] | None = None) -> RoutingContext:
     labels_B = None if languages is None else torch.tensor(languages)
     rows = PackedRows.from_lengths(torch.full((len(logits_BN),), 2), 2)
-    return RoutingContext(rows, logits_BN, labels_B, routing="true")
+    return RoutingContext(rows, logits_BN, labels_B)
 
 
 @pytest.mark.parametrize("families", [None, [0, 1, 0, 2]])

@@ -37,7 +37,7 @@ def moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> tuple[RoutingContex
     """The context and the rows elsewhere; how many rows there are is known before."""
     rows = batch.context().rows
     rows = PackedRows(move(rows.lengths_B), rows.num_frames, move(rows.index_N), move(rows.segments_B1))
-    return RoutingContext(rows, move(batch.logits), move(batch.languages_B), 0.5), rows.pack(move(batch.x_BTD))
+    return RoutingContext(rows, move(batch.logits), move(batch.languages_B)), rows.pack(move(batch.x_BTD))
 
 
 @pytest.mark.parametrize("name", ROUTERS)

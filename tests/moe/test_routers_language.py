@@ -56,8 +56,6 @@ def test_gumbel_draws_among_the_languages_that_are_kept() -> None:
 
 
 def test_a_context_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="routing must be one of predicted, true, scheduled, not 'pred'"):
-        context(random_logits(), routing="pred")
     with pytest.raises(ValueError, match="languages_B must hold 3 labels"):
         context(random_logits(), languages_B=torch.tensor([1]))
 
@@ -76,7 +74,7 @@ def test_gumbel_explores_in_training_and_has_a_soft_gradient() -> None:
     again = router(None, context(z_BN, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(again.expert_ids, plan.expert_ids)
     gradient = torch.autograd.grad(plan.gates.sum(), z_BN)[0]
-    plain = LanguageRouter(5, routing="true")(None, context(z_BN, languages_B=plan.expert_ids[:, 0]))
+    plain = LanguageRouter(5)(None, context(z_BN, languages_B=plan.expert_ids[:, 0]))
     assert not torch.allclose(gradient, torch.autograd.grad(plain.gates.sum(), z_BN)[0])
     router.eval()
     assert torch.equal(router(None, context(z_BN)).expert_ids, router(None, context(z_BN)).expert_ids)
@@ -93,32 +91,13 @@ def test_routing_by_label_falls_back_to_the_prediction() -> None:
     z_BN = random_logits()
     predicted = z_BN.argmax(-1)
     labels_B = torch.tensor([(int(predicted[0]) + 1) % 5, -1, 2])
-    plan = LanguageRouter(5, routing="true")(None, context(z_BN, languages_B=labels_B))
+    plan = LanguageRouter(5)(None, context(z_BN, languages_B=labels_B))
     assert plan.expert_ids[:, 0].tolist() == [int(labels_B[0]), int(predicted[1]), 2]
     assert plan.aux["predicted"].tolist() == predicted.tolist()
     # The reliability is the probability of the routed language, so a wrong guess leans on the agnostic expert.
     torch.testing.assert_close(plan.gates[0, 0], z_BN.softmax(-1)[0, labels_B[0]])
-    by_default = LanguageRouter(5)(None, context(z_BN, languages_B=labels_B))
-    assert by_default.expert_ids[:, 0].tolist() == predicted.tolist()
-    forced = LanguageRouter(5)(None, context(z_BN, languages_B=labels_B, routing="true"))
-    assert torch.equal(forced.expert_ids, plan.expert_ids)
-
-
-def test_scheduled_routing_takes_the_label_for_a_share_of_the_utterances() -> None:
-    z_BN = torch.zeros(400, 2)
-    z_BN[:, 0] = 1
-    rows = PackedRows.from_lengths(torch.ones(400, dtype=torch.long), 1)
-    router = LanguageRouter(2, routing="scheduled")
-
-    def share(probability: float) -> float:
-        labels_B = torch.ones(400, dtype=torch.long)
-        plan = router(None, RoutingContext(rows, z_BN, labels_B, probability))
-        return float(plan.expert_ids.float().mean())
-
-    assert share(1.0) == 1 and share(0.0) == 0
-    assert 0.15 < share(0.25) < 0.35
-    router.eval()
-    assert share(1.0) == 0
+    unlabelled = LanguageRouter(5)(None, context(z_BN))
+    assert unlabelled.expert_ids[:, 0].tolist() == predicted.tolist()
 
 
 def test_frame_level_routing_looks_at_valid_frames_only() -> None:
@@ -131,16 +110,16 @@ def test_frame_level_routing_looks_at_valid_frames_only() -> None:
     assert plan.expert_ids[:, 0].tolist() == z_BTN[~padding].argmax(-1).tolist()
     gradient = torch.autograd.grad(plan.gates.sum(), z_BTN)[0]
     assert torch.count_nonzero(gradient[padding]) == 0 and gradient[~padding].abs().max() > 0
-    labelled = LanguageRouter(5, routing="true")(None, context(z_BTN, languages_B=torch.tensor([4, 1, 0])))
+    labelled = LanguageRouter(5)(None, context(z_BTN, languages_B=torch.tensor([4, 1, 0])))
     assert labelled.expert_ids[:, 0].tolist() == [4, 4, 4, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("reliability", ["max_posterior", "entropy", "gumbel"])
-@pytest.mark.parametrize("routing", ["predicted", "true"])
-def test_the_gates_carry_a_gradient_to_the_logits(reliability: str, routing: str) -> None:
+@pytest.mark.parametrize("labels", [[-1, -1, -1], [0, 1, 2]])
+def test_the_gates_carry_a_gradient_to_the_logits(reliability: str, labels: list[int]) -> None:
     z_BN = random_logits()
-    router = LanguageRouter(5, reliability, routing=routing).eval()
-    plan = router(None, context(z_BN, languages_B=torch.tensor([0, 1, 2])))
+    router = LanguageRouter(5, reliability).eval()
+    plan = router(None, context(z_BN, languages_B=torch.tensor(labels)))
     assert torch.autograd.grad(plan.gates.sum(), z_BN)[0].abs().min() > 0
 
 
@@ -153,7 +132,6 @@ def test_one_language_is_always_reliable() -> None:
 def test_bad_language_routers_are_refused() -> None:
     for kwargs, message in (
         ({"reliability": "trust"}, "reliability must be one of"),
-        ({"routing": "random"}, "routing must be one of"),
         ({"temperature": 0.0}, "temperature must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -200,7 +178,7 @@ def test_a_family_may_win_without_having_the_likeliest_language() -> None:
 
 def test_families_turn_true_languages_into_experts() -> None:
     z_BN = random_logits()
-    router = LanguageRouter(5, routing="true", families=FAMILIES)
+    router = LanguageRouter(5, families=FAMILIES)
     plan = router(None, context(z_BN, languages_B=torch.tensor([4, -1, 2])))
     assert plan.expert_ids[:, 0].tolist() == [0, int(plan.aux["predicted"][1]), 1]
     for reliability in ("entropy", "one", "zero"):
@@ -233,7 +211,7 @@ def test_a_language_group_takes_the_best_of_its_own_experts() -> None:
 
 def test_the_group_can_be_that_of_the_true_language_or_of_a_frame() -> None:
     x_ND = torch.randn(8, 6)
-    router = LanguageGroupRouter(6, 5, 3, k=1, routing="true")
+    router = LanguageGroupRouter(6, 5, 3, k=1)
     labelled = router(x_ND, context(random_logits(), languages_B=torch.tensor([4, 0, 2])))
     assert (labelled.expert_ids[:, 0] // 3).tolist() == [4, 4, 4, 0, 2, 2, 2, 2]
     z_BTN = torch.randn(3, 4, 5)
@@ -245,8 +223,6 @@ def test_the_group_can_be_that_of_the_true_language_or_of_a_frame() -> None:
         LanguageGroupRouter(6, 5, 3, k=4)
     with pytest.raises(ValueError, match="LanguageGroupRouter needs a context with language_logits"):
         router(x_ND)
-    with pytest.raises(ValueError, match="routing must be"):
-        LanguageGroupRouter(6, 5, 3, k=1, routing="random")
 
 
 @pytest.mark.parametrize("k", [2, 3])

@@ -13,7 +13,7 @@
 """
 
 from mole_asr.moe.routers.adaptive import AdaptiveRouter
-from mole_asr.moe.routers.base import LinearRouter, Router, Routing, RoutingContext
+from mole_asr.moe.routers.base import LinearRouter, Router, RoutingContext
 from mole_asr.moe.routers.expert_choice import ExpertChoiceRouter
 from mole_asr.moe.routers.families import Families
 from mole_asr.moe.routers.forced_label import ForcedLabelRouter
@@ -43,7 +43,6 @@ __all__ = [
     "PseudoLabelRouter",
     "Reliability",
     "Router",
-    "Routing",
     "RoutingContext",
     "TopKRouter",
     "expert_centroids",

@@ -5,7 +5,6 @@ D model width.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +12,6 @@ from torch.nn import functional
 
 from mole_asr.moe.plan import RoutingPlan
 from mole_asr.moe.rows import PackedRows
-
-Routing = Literal["predicted", "true", "scheduled"]
-
-
-def check_routing(routing: str) -> None:
-    """Refuse an unknown routing."""
-    if routing not in get_args(Routing):
-        raise ValueError(f"routing must be one of {', '.join(get_args(Routing))}, not {routing!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,25 +21,19 @@ class RoutingContext:
     Attributes:
         rows: the packing of the batch.
         language_logits: [B, N] for one decision an utterance, or [B, T, N] for one a frame.
-        languages_B: true languages, -1 where unknown.
-        true_probability: with the routing "scheduled", the share of utterances routed by their true language.
+        languages_B: the languages to route by, -1 where the router is to take the one that it predicts.
         reliability_logits: [B] or [B, T], of a head of its own; for the reliability "sigmoid".
-        routing: replaces the router's own routing in this call: "true" makes it use the languages given here.
-        generator: draws the schedule and all noise; None for torch's own.
+        generator: draws all noise; None for torch's own.
     """
 
     rows: PackedRows
     language_logits: Tensor | None = None
     languages_B: Tensor | None = None
-    true_probability: float = 1.0
     reliability_logits: Tensor | None = None
-    routing: Routing | None = None
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        """Check the routing and the number of labels."""
-        if self.routing is not None:
-            check_routing(self.routing)
+        """Check the number of labels."""
         utterances = self.rows.lengths_B.numel()
         if self.languages_B is not None and self.languages_B.shape != (utterances,):
             raise ValueError(f"languages_B must hold {utterances} labels, not {tuple(self.languages_B.shape)}")

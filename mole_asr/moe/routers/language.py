@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from mole_asr.moe.parts import choose
 from mole_asr.moe.plan import RoutingPlan
-from mole_asr.moe.routers.base import Router, Routing, RoutingContext, check_routing
+from mole_asr.moe.routers.base import Router, RoutingContext
 from mole_asr.moe.routers.families import Families
 
 Reliability = Literal["max_posterior", "entropy", "sigmoid", "gumbel", "one", "zero"]
@@ -37,8 +37,7 @@ class LanguageRouter(Router):
       forward and has the gradient of the soft sample;
     - "one", "zero": ablations, only the language expert or only the agnostic one, without computing the other.
 
-    The routed language is the predicted one, the true one, or ("scheduled", in training only) the true one for a
-    random share of the utterances. Where the true language is unknown, the prediction is taken.
+    Where the context says the language of an utterance, that is routed by, else the predicted one.
 
     With `families`, several languages share an expert (Post-MoE, arXiv 2410.10626): the posterior of a family is the
     sum of its languages' posteriors, and l and N above are of families. Labels stay labels of languages.
@@ -57,7 +56,6 @@ class LanguageRouter(Router):
         num_languages: N.
         reliability: see above.
         temperature: of the softmax, positive.
-        routing: "predicted", "true" or "scheduled".
         families: for each language its expert; None where language n has expert n.
         parts: languages of each generation, adding up to N; None for one.
         kept: languages that are left, ascending; labels are indices into them. None for all.
@@ -75,7 +73,6 @@ class LanguageRouter(Router):
         num_languages: int,
         reliability: Reliability = "max_posterior",
         temperature: float = 1.0,
-        routing: Routing = "predicted",
         families: Sequence[int] | None = None,
         parts: Sequence[int] | None = None,
         kept: Sequence[int] | None = None,
@@ -83,7 +80,6 @@ class LanguageRouter(Router):
         super().__init__()
         if reliability not in get_args(Reliability):
             raise ValueError(f"reliability must be one of {', '.join(get_args(Reliability))}, not {reliability!r}")
-        check_routing(routing)
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, not {temperature}")
         if families is not None and len(families) != num_languages:
@@ -107,7 +103,6 @@ class LanguageRouter(Router):
         self.register_buffer("kept_languages_K", None if kept is None else torch.tensor(languages), persistent=False)
         self.register_buffer("generation_K", torch.tensor(generations)[languages], persistent=False)
         self.reliability: Reliability = reliability
-        self.routing: Routing = routing
 
     def forward(self, x_ND: Tensor | None, context: RoutingContext | None = None) -> RoutingPlan:
         """Make the plan of a batch; `x_ND` is not looked at.
@@ -131,7 +126,7 @@ class LanguageRouter(Router):
         if noisy_UE is not None and self.kept_experts_E is not None:
             noisy_UE = noisy_UE[:, self.kept_experts_E]
         drawn_U = predicted_U if noisy_UE is None else noisy_UE.argmax(-1)
-        expert_U = routed_language(drawn_U, context, self.routing, self.training, self.families_of_labels)
+        expert_U = routed_language(drawn_U, context, self.families_of_labels)
         if self.reliability == "entropy":
             r_U = choose([_certainty(p_Ue) for p_Ue in p_of], newest_U)
         else:
@@ -144,7 +139,7 @@ class LanguageRouter(Router):
         if self.training or len(self.parts) == 1:
             return None
         own_UK = logits_UN if self.kept_languages_K is None else logits_UN[:, self.kept_languages_K]
-        return self.generation_K[routed_language(own_UK.argmax(-1), context, self.routing, self.training)]
+        return self.generation_K[routed_language(own_UK.argmax(-1), context)]
 
     def _gumbel_sample(self, scaled_UE: Tensor, generator: torch.Generator | None) -> Tensor | None:
         """A soft sample of the language in training with the reliability "gumbel", else None."""
@@ -211,27 +206,17 @@ def language_logits_of(router: Router, context: RoutingContext | None, num_langu
     return logits_UN.to(torch.promote_types(logits_UN.dtype, torch.float32))
 
 
-def routed_language(
-    predicted_U: Tensor, context: RoutingContext, routing: Routing, training: bool, families: Families | None = None
-) -> Tensor:
-    """The language (or family) that each unit is routed by: the predicted one, or where it is known the true one.
+def routed_language(predicted_U: Tensor, context: RoutingContext, families: Families | None = None) -> Tensor:
+    """The language (or family) that each unit is routed by: that of the context, or the predicted one.
 
     Args:
-        predicted_U: what to take where the true language is not used.
-        context: with the true languages; its own routing replaces the router's.
-        routing: of the router.
-        training: whether the router is in training; "scheduled" is "predicted" where it is not.
-        families: turns a true language into its family.
+        predicted_U: what to take where the context names none.
+        context: may have languages.
+        families: turns such a language into its family.
     """
-    routing = context.routing or routing
-    if routing == "scheduled" and not training:
-        routing = "predicted"
-    if routing == "predicted" or context.languages_B is None:
+    if context.languages_B is None:
         return predicted_U
     labels_B = context.languages_B.to(predicted_U.device).long()
     labels_B = labels_B if families is None else families.of(labels_B)
-    if routing == "scheduled":
-        chance_B = torch.rand(labels_B.shape, generator=context.generator, device=labels_B.device)
-        labels_B = labels_B.where(chance_B < context.true_probability, -1)
     labels_U = labels_B[context.rows.utterance_of_row] if context.by_frame else labels_B
     return labels_U.where(labels_U >= 0, predicted_U)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mole_asr.moe.plan import RoutingPlan
-from mole_asr.moe.routers.base import LinearRouter, Routing, RoutingContext, check_k, check_routing, gates_of, top_k
+from mole_asr.moe.routers.base import LinearRouter, RoutingContext, check_k, gates_of, top_k
 from mole_asr.moe.routers.language import language_logits_of, routed_language
 
 
@@ -29,10 +29,9 @@ class LanguageGroupRouter(LinearRouter):
         experts_per_language: M.
         k: experts a row, 1..M; it may be set anew for inference.
         renormalize: softmax over the chosen experts, so that their weights sum to one; else over the group.
-        routing: "predicted", "true" or "scheduled", as of `LanguageRouter`.
 
     Raises:
-        ValueError: k is not within 1..M, or an unknown routing.
+        ValueError: k is not within 1..M.
     """
 
     def __init__(
@@ -42,14 +41,11 @@ class LanguageGroupRouter(LinearRouter):
         experts_per_language: int,
         k: int,
         renormalize: bool = True,
-        routing: Routing = "predicted",
     ) -> None:
         super().__init__(d_model, num_languages * experts_per_language)
         check_k(k, experts_per_language)
-        check_routing(routing)
         self.num_languages, self.experts_per_language = num_languages, experts_per_language
         self.k, self.renormalize = k, renormalize
-        self.routing: Routing = routing
 
     def forward(self, x_ND: Tensor | None, context: RoutingContext | None = None) -> RoutingPlan:
         """Make the plan of these rows.
@@ -60,7 +56,7 @@ class LanguageGroupRouter(LinearRouter):
         language_logits_UG = language_logits_of(self, context, self.num_languages)
         assert context is not None
         predicted_U = language_logits_UG.argmax(-1)
-        group_U = routed_language(predicted_U, context, self.routing, self.training)
+        group_U = routed_language(predicted_U, context)
         group_N = group_U if context.by_frame else group_U[context.rows.utterance_of_row]
         logits_NGM = self.logits(x_ND).unflatten(-1, (self.num_languages, self.experts_per_language))
         logits_NM = logits_NGM.take_along_dim(group_N[:, None, None], 1).squeeze(1)
