@@ -20,7 +20,7 @@ from mole_asr.corpus.normalize import normalize
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.decode.beam import Weights
 from mole_asr.decode.decoder import WEIGHTS, CtcDecoder
-from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, save_ngrams
+from mole_asr.decode.ngram import TokenNgram, save_ngrams
 from mole_asr.doctor import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def data(tmp_path: Path) -> Path:
         code: TokenNgram.count(map(tokenizer.encode, texts), tokenizer.vocab_size)
         for code, texts in PROMPTS["train"].items()
     }
-    save_ngrams(counted, model / NGRAM_FILE)
+    save_ngrams(counted, model)
     (tmp_path / "texts").mkdir()
     lines = [{"text": text, "language": code} for code, texts in OTHERS.items() for text in texts]
     (tmp_path / "texts" / "texts_train.jsonl").write_text("\n".join(json.dumps(line) for line in lines))

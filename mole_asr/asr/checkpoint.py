@@ -97,11 +97,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
         raise MoleError(f"{path}: does not fit config.json ({first} ...); train the model anew") from None
     # The examples of a model in slices are those of the dense one: its hidden vectors are others.
     if model.attention_head is not None and not describe(model):
-        examples = load_examples(folder)
-        try:
-            remember(model, examples)
-        except MoleError as error:
-            raise MoleError(f"{folder}: {error}") from None
+        remember(model, load_examples(folder, model))
     return model.to(device).eval(), tokenizer
 
 

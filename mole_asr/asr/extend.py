@@ -1,14 +1,13 @@
 """The `extend` verb: room for new languages in a trained model, which stays what it is until it is trained further."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.grow import grow_model
 from mole_asr.asr.replay import load_examples
 from mole_asr.corpus.languages import check_language
 from mole_asr.corpus.text_tokenizer import TextTokenizer
-from mole_asr.decode.ngram import NGRAM_FILE, load_ngrams, save_ngrams
+from mole_asr.decode.ngram import load_ngrams, save_ngrams
 from mole_asr.errors import MoleError
 from mole_asr.files import check_output_folder
 
@@ -54,10 +53,8 @@ def extend(
     shared = dict.fromkeys(new, family) if family is not None else None
     grown = grow_model(old, old_tokenizer, new_tokenizer, [*old.languages, *new], shared)
     experts = grown.mixture.language_router.num_experts - old.mixture.language_router.num_experts
-    ngrams = Path(model) / NGRAM_FILE
-    if ngrams.exists():
-        save_ngrams(load_ngrams(ngrams, old_tokenizer.vocab_size), Path(output) / NGRAM_FILE)
-    save_model(grown, new_tokenizer, output, load_examples(model))
+    save_ngrams(load_ngrams(model, old_tokenizer.vocab_size), output)
+    save_model(grown, new_tokenizer, output, load_examples(model, old))
     added = sum(p.numel() for p in grown.parameters()) - sum(p.numel() for p in old.parameters())
     pieces = new_tokenizer.vocab_size - old_tokenizer.vocab_size
     return f"{output}: {', '.join(new)} with {experts} new experts a block, {pieces} pieces, {added:,} parameters more"

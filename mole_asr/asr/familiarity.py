@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mole_asr.asr.generations import generations_of, mixture_of
-from mole_asr.asr.replay import check_examples
 
 # Of the examples themselves, so many are left to be strange.
 STRANGE_SHARE = 0.01
@@ -54,11 +53,7 @@ def remember(model: nn.Module, examples: Mapping[str, Tensor]) -> None:
         model: a recogniser.
         examples: of each language mean hidden vectors [K, H]; where one lacks them, all sounds familiar to its
             generation and to later ones, or its speakers would all be strangers.
-
-    Raises:
-        MoleError: they are of another model.
     """
-    check_examples(examples, model)
     mixture, end = mixture_of(model), 0
     mixture.familiarity = nn.ModuleList()
     for generation in generations_of(model):

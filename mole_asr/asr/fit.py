@@ -26,7 +26,7 @@ from mole_asr.asr.replay import hear_examples
 from mole_asr.asr.task import MoleTask
 from mole_asr.audio.augment import AugmentConfig
 from mole_asr.corpus.data_module import SpeechDataModule
-from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, save_ngrams
+from mole_asr.decode.ngram import TokenNgram, save_ngrams
 from mole_asr.errors import MoleError
 
 MODEL_FOLDER = "model"
@@ -130,7 +130,7 @@ class ExportRecogniser(ExportModel):
         assert isinstance(task, MoleTask)
         old, new = task.old_ngrams, _count_ngrams(trainer)
         # What is frozen keeps its n-grams too: there may be a few old utterances among the new ones.
-        save_ngrams({**new, **old} if task.freeze_old else {**old, **new}, self.folder / NGRAM_FILE)
+        save_ngrams({**new, **old} if task.freeze_old else {**old, **new}, self.folder)
         task.blend_with_pretrained()
         _check_finite(task)
         examples = self._hear(trainer, task) if self._examples is None else self._examples

@@ -1,12 +1,11 @@
 """The `prune` verb: a smaller model of some of the languages, which gives the same for them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.generations import keep_languages
 from mole_asr.asr.replay import load_examples
-from mole_asr.decode.ngram import NGRAM_FILE, load_ngrams, save_ngrams
+from mole_asr.decode.ngram import load_ngrams, save_ngrams
 from mole_asr.errors import MoleError
 from mole_asr.files import check_output_folder
 
@@ -40,10 +39,8 @@ def prune(model: str, output: str, *, languages: Sequence[str]) -> str:
         if code not in whole.languages:
             raise MoleError(f"languages: the model has no {code}; it has {', '.join(whole.languages)}")
     keep_languages(whole, [code for code in whole.languages if code in languages])
-    ngrams = Path(model) / NGRAM_FILE
-    if ngrams.exists():
-        kept = load_ngrams(ngrams, tokenizer.vocab_size)
-        save_ngrams({code: kept[code] for code in whole.languages if code in kept}, Path(output) / NGRAM_FILE)
-    save_model(whole, tokenizer, output, load_examples(model))
+    ngrams = load_ngrams(model, tokenizer.vocab_size)
+    save_ngrams({code: ngrams[code] for code in whole.languages if code in ngrams}, output)
+    save_model(whole, tokenizer, output, load_examples(model, whole))
     after = sum(p.numel() for p in whole.parameters())
     return f"{output}: {', '.join(whole.languages)}; {after:,} of {before:,} parameters"

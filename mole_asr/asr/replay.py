@@ -94,10 +94,7 @@ def replay_of(examples: Mapping[str, Tensor], model: nn.Module) -> Replay | None
         examples: of each language [K, H].
         model: a recogniser that has grown.
 
-    Raises:
-        MoleError: they are of another model.
     """
-    check_examples(examples, model)
     mixture = mixture_of(model)
     old = mixture.languages[: mixture.num_languages - generations_of(model)[-1].languages]
     if lacking := [code for code in old if code not in examples]:
@@ -113,17 +110,6 @@ def replay_of(examples: Mapping[str, Tensor], model: nn.Module) -> Replay | None
     return Replay(torch.cat([each for _, each in kept]), torch.tensor(ids))
 
 
-def check_examples(examples: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuses what a model's language tokenizer cannot have heard.
-
-    Raises:
-        MoleError: examples are of another width, empty, or no numbers.
-    """
-    width = mixture_of(model).language_tokenizer.languages.in_features
-    if any(each.shape[1:] != (width,) or not len(each) or not each.isfinite().all() for each in examples.values()):
-        raise MoleError(f"{EXAMPLES_FILE}: is not of this model; delete it, or copy the model's folder anew")
-
-
 def save_examples(examples: Mapping[str, Tensor], folder: str | Path) -> None:
     """Writes examples into the folder of a model; without any, what is there goes."""
     if not examples:
@@ -133,14 +119,23 @@ def save_examples(examples: Mapping[str, Tensor], folder: str | Path) -> None:
         save_file({code: each.contiguous() for code, each in examples.items()}, temporary)
 
 
-def load_examples(folder: str | Path) -> dict[str, Tensor]:
+def load_examples(folder: str | Path, model: nn.Module) -> dict[str, Tensor]:
     """Reads what `save_examples` wrote; a model that is older than that has no examples.
 
+    Args:
+        folder: of the model.
+        model: read from there.
+
     Raises:
-        MoleError: the file cannot be read.
+        MoleError: the file cannot be read, or holds what this model's language tokenizer cannot have heard: examples
+            of another width, empty ones, or no numbers.
     """
     path = Path(folder) / EXAMPLES_FILE
     try:
-        return load_file(path) if path.exists() else {}
+        examples = load_file(path) if path.exists() else {}
     except (OSError, SafetensorError) as error:
         raise MoleError(f"{path}: cannot be read ({error}); copy the folder anew, or delete it") from None
+    width = mixture_of(model).language_tokenizer.languages.in_features
+    if any(each.shape[1:] != (width,) or not len(each) or not each.isfinite().all() for each in examples.values()):
+        raise MoleError(f"{path}: is not of this model; delete it, or copy the model's folder anew")
+    return examples

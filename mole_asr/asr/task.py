@@ -27,7 +27,7 @@ from mole_asr.audio.augment import SpecAugment
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.decode.greedy import greedy_ctc
-from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams
+from mole_asr.decode.ngram import TokenNgram, load_ngrams
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.sliced import describe
 
@@ -144,10 +144,9 @@ class MoleTask(ResumableTask):
         wake(model)
         if not freeze_old:
             merge_generations(model)
-        if (ngrams := folder / NGRAM_FILE).exists():
-            self.old_ngrams = load_ngrams(ngrams, old_tokenizer.vocab_size)
+        self.old_ngrams = load_ngrams(folder, old_tokenizer.vocab_size)
         if freeze_old:
-            self.old_examples = load_examples(folder)
+            self.old_examples = load_examples(folder, old)
         return model
 
     def ids_fingerprint(self) -> bytes:

@@ -3,7 +3,6 @@
 Letters: B utterances, T frames, N valid frames, V vocabulary.
 """
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.dataset import LabelTable, SpeechDataset
 from mole_asr.corpus.manifest import Manifest
 from mole_asr.decode.greedy import greedy_ctc
-from mole_asr.decode.ngram import NGRAM_FILE
+from mole_asr.decode.ngram import load_ngrams, save_ngrams
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.sliced import SlicedFeedForward, SlicedLayer
 from mole_asr.moe.experts import Activation, ExpertWeights, activate
@@ -145,11 +144,8 @@ class SpeechHost(Host):
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load_model` reads; what else a model keeps comes along, another's goes."""
-        save_model(self.model, self.tokenizer, folder, load_examples(self.folder))
-        if (self.folder / NGRAM_FILE).exists():
-            shutil.copyfile(self.folder / NGRAM_FILE, Path(folder) / NGRAM_FILE)
-        else:
-            (Path(folder) / NGRAM_FILE).unlink(missing_ok=True)
+        save_model(self.model, self.tokenizer, folder, load_examples(self.folder, self.model))
+        save_ngrams(load_ngrams(self.folder, self.tokenizer.vocab_size), folder)
 
 
 def _is_dense(name: str, module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ Letters: M distinct n-grams, O order, V vocabulary.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -81,9 +81,12 @@ class TokenNgram:
         return mixed / (sum(seen.values()) + len(seen))
 
 
-def save_ngrams(models: dict[str, TokenNgram], path: str | Path) -> None:
-    """Writes the models of some languages as one safetensors file."""
-    tensors = {}
+def save_ngrams(models: Mapping[str, TokenNgram], folder: str | Path) -> None:
+    """Writes the n-grams of some languages into the folder of a model; without any, what is there goes."""
+    path, tensors = Path(folder) / NGRAM_FILE, {}
+    if not models:
+        path.unlink(missing_ok=True)
+        return
     for language, model in models.items():
         tensors[f"{language}.ngrams"] = model.ngrams_MO
         tensors[f"{language}.counts"] = model.counts_M
@@ -92,12 +95,19 @@ def save_ngrams(models: dict[str, TokenNgram], path: str | Path) -> None:
         save_file(tensors, temporary)
 
 
-def load_ngrams(path: str | Path, vocab_size: int) -> dict[str, TokenNgram]:
-    """Reads what `save_ngrams` wrote.
+def load_ngrams(folder: str | Path, vocab_size: int) -> dict[str, TokenNgram]:
+    """Reads what `save_ngrams` wrote, by language; a model need not have any.
+
+    Args:
+        folder: of the model.
+        vocab_size: V of the model.
 
     Raises:
         MoleError: the file cannot be read.
     """
+    path = Path(folder) / NGRAM_FILE
+    if not path.exists():
+        return {}
     try:
         tensors = load_file(path)
         languages = [name.removesuffix(".ngrams") for name in tensors if name.endswith(".ngrams")]

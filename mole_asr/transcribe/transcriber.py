@@ -19,7 +19,7 @@ from mole_asr.audio.segment import MAX_SECONDS
 from mole_asr.corpus.normalize import normalize
 from mole_asr.decode.alignment import Tokenizer, align_words
 from mole_asr.decode.decoder import CtcDecoder, LmMode
-from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams
+from mole_asr.decode.ngram import TokenNgram, load_ngrams
 from mole_asr.decode.word import Word
 from mole_asr.decode.words import WordList, load_words
 from mole_asr.errors import MoleError
@@ -60,9 +60,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> "Trans
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, tokenizer = load_model(Path(folder), device)
-    path = Path(folder) / NGRAM_FILE
-    ngrams = load_ngrams(path, tokenizer.vocab_size) if path.exists() else {}
-    return Transcriber(model, tokenizer, device, ngrams=ngrams)
+    return Transcriber(model, tokenizer, device, ngrams=load_ngrams(folder, tokenizer.vocab_size))
 
 
 class Transcriber:

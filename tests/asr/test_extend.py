@@ -16,7 +16,7 @@ from mole_asr.asr.muon import build_optimizer
 from mole_asr.cli import main
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer, extend_tokenizer
-from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams, save_ngrams
+from mole_asr.decode.ngram import TokenNgram, load_ngrams, save_ngrams
 from mole_asr.errors import MoleError
 from mole_asr.moe.parts import ASLEEP
 
@@ -191,9 +191,9 @@ def test_a_new_language_that_takes_all_is_tempered(
 def test_ngrams_go_along(save: Callable[..., Path], wider_folder: Path, tmp_path: Path) -> None:
     folder = save()
     V = TextTokenizer(folder).vocab_size
-    save_ngrams({"de": TokenNgram.count([[1, 2, 3]], V)}, folder / NGRAM_FILE)
+    save_ngrams({"de": TokenNgram.count([[1, 2, 3]], V)}, folder)
     extend(str(folder), str(tmp_path / "new"), languages=["cs"], tokenizer=str(wider_folder))
-    old, new = load_ngrams(folder / NGRAM_FILE, V)["de"], load_ngrams(tmp_path / "new" / NGRAM_FILE, V + 3)["de"]
+    old, new = load_ngrams(folder, V)["de"], load_ngrams(tmp_path / "new", V + 3)["de"]
     assert (new.log_probs([1, 2])[[*range(V), V + 3]] == old.log_probs([1, 2])).all()
 
 

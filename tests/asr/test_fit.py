@@ -17,7 +17,7 @@ from mole_asr.asr.fit import AverageWeights, fit
 from mole_asr.asr.task import MoleTask, OptimizerConfig
 from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer
-from mole_asr.decode.ngram import NGRAM_FILE, load_ngrams
+from mole_asr.decode.ngram import load_ngrams
 
 
 def test_it_says_what_is_left_out_and_lightning_is_silent(command: Callable[..., list[str]]) -> None:
@@ -43,7 +43,7 @@ def test_the_model_folder_knows_the_training_texts(
 ) -> None:
     fit(command(trainer__max_epochs=1))
     tokenizer = TextTokenizer(tokenizer_folder)
-    ngrams = load_ngrams(tmp_path / "run" / "model" / NGRAM_FILE, tokenizer.vocab_size)
+    ngrams = load_ngrams(tmp_path / "run" / "model", tokenizer.vocab_size)
     assert sorted(ngrams) == ["de", "en"]
     for ngram in ngrams.values():
         assert ngram.counts_M.sum() > 0

@@ -18,7 +18,7 @@ from mole_asr.asr.pretrained import PretrainedModel, from_checkpoint
 from mole_asr.asr.replay import load_examples
 from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer, extend_tokenizer
-from mole_asr.decode.ngram import NGRAM_FILE, load_ngrams
+from mole_asr.decode.ngram import load_ngrams
 from mole_asr.errors import MoleError
 
 from .conftest import weights
@@ -141,7 +141,9 @@ def test_a_new_language_is_trained_alone(
             assert (added != -1e4).all(), "awake"
             new = new.narrow(dim, 0, old.shape[dim])
         assert torch.equal(new, old), name
-    examples, known = load_examples(tmp_path / "new" / "model"), load_examples(tmp_path / "old" / "model")
+    examples, known = (
+        load_examples(tmp_path / name / "model", load_model(tmp_path / name / "model")[0]) for name in ("new", "old")
+    )
     assert set(known) == {"de", "en"} and set(examples) == {"de", "en", "nl"}
     assert all(torch.equal(examples[code], known[code]) for code in known), "for the next language"
     unreplayed = [f"--output={tmp_path / 'unreplayed'}" if "--output" in word else word for word in words]
@@ -149,8 +151,8 @@ def test_a_new_language_is_trained_alone(
     row = "mixture.language_tokenizer.languages.weight"
     assert not torch.equal(weights(tmp_path / "unreplayed")[row][2], after[row][2]), "what is replayed is learnt from"
     V = TextTokenizer(tokenizer_folder).vocab_size
-    old_ngrams = load_ngrams(tmp_path / "old" / "model" / NGRAM_FILE, V)
-    ngrams = load_ngrams(tmp_path / "new" / "model" / NGRAM_FILE, V + 1)
+    old_ngrams = load_ngrams(tmp_path / "old" / "model", V)
+    ngrams = load_ngrams(tmp_path / "new" / "model", V + 1)
     assert set(ngrams) == {"de", "en", "nl"}
     for code in ("de", "en"):
         assert np.array_equal(ngrams[code].log_probs([1])[[*range(V), V + 1]], old_ngrams[code].log_probs([1]))

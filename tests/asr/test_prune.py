@@ -14,7 +14,7 @@ from mole_asr.asr.prune import prune
 from mole_asr.cli import main
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.text_tokenizer import TextTokenizer
-from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams, save_ngrams
+from mole_asr.decode.ngram import TokenNgram, load_ngrams, save_ngrams
 from mole_asr.errors import MoleError
 
 CODES = ["de", "en", "fr", "it"]
@@ -111,9 +111,9 @@ def test_twice_pruned_and_extended_before(
 def test_ngrams_of_kept_languages_go_along(save: Callable[..., Path], tmp_path: Path) -> None:
     folder = save()
     V = TextTokenizer(folder).vocab_size
-    save_ngrams({code: TokenNgram.count([[1, 2, 3]], V) for code in ("de", "en")}, folder / NGRAM_FILE)
+    save_ngrams({code: TokenNgram.count([[1, 2, 3]], V) for code in ("de", "en")}, folder)
     prune(str(folder), str(tmp_path / "small"), languages=["en", "it"])
-    assert set(load_ngrams(tmp_path / "small" / NGRAM_FILE, V)) == {"en"}
+    assert set(load_ngrams(tmp_path / "small", V)) == {"en"}
 
 
 def test_mistakes_are_explained(

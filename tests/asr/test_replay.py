@@ -53,7 +53,7 @@ def test_a_new_language_does_not_take_what_is_replayed(
     model, _ = load_model(tmp_path / "new")
     wake(model)
     train_last_generation(model)
-    kept = load_examples(tmp_path / "new")
+    kept = load_examples(tmp_path / "new", model)
     assert all(torch.equal(kept[code], examples[code]) for code in codes), "they go along"
     replay, layer = replay_of(kept, model), mixture_of(model).language_tokenizer.languages
     assert replay is not None
@@ -85,12 +85,16 @@ def test_what_lacks_is_said(
     replay = replay_of({"nl": torch.zeros(1, width), "en": torch.zeros(2, width)}, model)
     assert replay is not None and replay.languages_M.tolist() == [1, 1], "Dutch is new"
     assert "no examples of de, fr" in caplog.text
-    with pytest.raises(MoleError, match="is not of this model"):
-        replay_of({"en": torch.zeros(2, width + 1)}, model)
 
 
-def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    assert load_examples(tmp_path) == {}, "an older model has none"
+def test_a_wrong_file_is_named(make_model: Callable[..., MoleModel], tmp_path: Path) -> None:
+    model = make_model()
+    assert load_examples(tmp_path, model) == {}, "an older model has none"
     (tmp_path / EXAMPLES_FILE).write_bytes(b"broken")
     with pytest.raises(MoleError, match=f"{EXAMPLES_FILE}: cannot be read"):
-        load_examples(tmp_path)
+        load_examples(tmp_path, model)
+    width = mixture_of(model).language_tokenizer.languages.in_features
+    for wrong in (torch.zeros(2, width + 1), torch.zeros(0, width), torch.full((1, width), torch.nan)):
+        save_examples({"en": wrong}, tmp_path)
+        with pytest.raises(MoleError, match=rf"{tmp_path}.*{EXAMPLES_FILE}: is not of this model"):
+            load_examples(tmp_path, model)

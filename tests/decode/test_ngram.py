@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mole_asr.decode.ngram import TokenNgram, load_ngrams, save_ngrams
+from mole_asr.decode.ngram import NGRAM_FILE, TokenNgram, load_ngrams, save_ngrams
 from mole_asr.errors import MoleError
 
 TEXTS = [[1, 2, 3], [1, 2, 4], [2, 2]]
@@ -43,8 +43,8 @@ def test_what_was_read_is_likely() -> None:
 
 def test_pieces_that_came_later_change_nothing(tmp_path: Path) -> None:
     model = TokenNgram.count(TEXTS, vocab_size=5)
-    save_ngrams({"en": model}, tmp_path / "ngrams.safetensors")
-    wider = load_ngrams(tmp_path / "ngrams.safetensors", 8)["en"]
+    save_ngrams({"en": model}, tmp_path)
+    wider = load_ngrams(tmp_path, 8)["en"]
     for history in ([], [1], [1, 2, 3], [4, 4]):
         old, new = model.log_probs(history), wider.log_probs(history)
         np.testing.assert_array_equal(new[[0, 1, 2, 3, 4, 8]], old)
@@ -54,11 +54,13 @@ def test_pieces_that_came_later_change_nothing(tmp_path: Path) -> None:
 
 def test_saved_and_read_again(tmp_path: Path) -> None:
     models = {"en": TokenNgram.count(TEXTS, 5), "no": TokenNgram.count([], 5)}
-    save_ngrams(models, tmp_path / "ngrams.safetensors")
-    again = load_ngrams(tmp_path / "ngrams.safetensors", 5)
+    save_ngrams(models, tmp_path)
+    again = load_ngrams(tmp_path, 5)
     assert set(again) == {"en", "no"}
     for history in ([], [1], [1, 2], [4, 4]):
         np.testing.assert_array_equal(again["en"].log_probs(history), models["en"].log_probs(history))
-    (tmp_path / "ngrams.safetensors").write_bytes(b"nonsense")
+    save_ngrams({}, tmp_path)
+    assert load_ngrams(tmp_path, 5) == {}, "another model's are gone"
+    (tmp_path / NGRAM_FILE).write_bytes(b"nonsense")
     with pytest.raises(MoleError, match=r"ngrams\.safetensors"):
-        load_ngrams(tmp_path / "ngrams.safetensors", 5)
+        load_ngrams(tmp_path, 5)
