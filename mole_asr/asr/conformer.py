@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mole_asr.asr.attention import MASKED, attend, merge_heads, split_heads
+from mole_asr.asr.attention import MASKED, SelfAttention
 from mole_asr.asr.depthwise import depthwise_convolution
 from mole_asr.asr.mixture import Decision, MixtureFeedForward, PaddedFrames
+from mole_asr.moe.experts import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,7 @@ def attention_bias(valid_BT: Tensor, num_heads: int) -> Tensor:
     slope_H = 2.0 ** (-8.0 * torch.arange(1, num_heads + 1, device=device) / num_heads)
     bias_HTT = -slope_H[:, None, None] * (position_T[:, None] - position_T[None, :]).abs()
     bias_BHTT = bias_HTT[None].expand(B, -1, -1, -1).masked_fill(~valid_BT[:, None, None, :], MASKED)
-    if torch.is_autocast_enabled(device.type):
-        bias_BHTT = bias_BHTT.to(torch.get_autocast_dtype(device.type))
-    return bias_BHTT.reshape(B * num_heads, T, T)
+    return bias_BHTT.to(compute_dtype(bias_BHTT)).reshape(B * num_heads, T, T)
 
 
 class UtteranceDropout(nn.Dropout1d):
@@ -64,22 +63,6 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__(nn.LayerNorm(d_model), nn.Linear(d_model, d_ff), nn.SiLU(), nn.Linear(d_ff, d_model))
-
-
-class SelfAttention(nn.Module):
-    """LayerNorm, then multi-head self-attention over the valid frames of an utterance."""
-
-    def __init__(self, d_model: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = nn.LayerNorm(d_model)
-        self.query_key_value = nn.Linear(d_model, 3 * d_model)
-        self.output = nn.Linear(d_model, d_model)
-
-    def forward(self, x_BTD: Tensor, frames: Frames) -> Tensor:
-        """Attends."""
-        query_GTW, key_GTW, value_GTW = split_heads(self.query_key_value(self.norm(x_BTD)), 3, self.num_heads)
-        return self.output(merge_heads(attend(query_GTW, key_GTW, value_GTW, frames.bias_GTT), self.num_heads))
 
 
 class Convolution(nn.Module):
@@ -136,7 +119,7 @@ class ConformerBlock(nn.Module):
     def forward(self, x_BTD: Tensor, frames: Frames, decision: Decision | None) -> Tensor:
         """Transforms x_BTD; `decision` is needed by a mixture of experts only."""
         x_BTD = x_BTD + 0.5 * self.dropout(self.feed_forward_in(x_BTD))
-        x_BTD = x_BTD + self.dropout(self.attention(x_BTD, frames))
+        x_BTD = x_BTD + self.dropout(self.attention(x_BTD, frames.bias_GTT))
         x_BTD = x_BTD + self.dropout(self.convolution(x_BTD, frames))
         if isinstance(self.feed_forward_out, MixtureFeedForward):
             assert decision is not None, "a MoLE block stands before the language tokenizer"

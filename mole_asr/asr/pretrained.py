@@ -9,7 +9,7 @@ Letters: B batch, S samples, T frames, D model width, V vocabulary, N packed fra
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,14 @@ from mole_asr.asr.model_files import CONFIG, find_model, read_json
 from mole_asr.asr.pretrained_encoders import TORCHAUDIO, feed_forward_weights, load_pretrained_encoder
 from mole_asr.asr.w2v_bert import W2vBertConfig, W2vBertEncoder
 from mole_asr.asr.wav2vec2 import Wav2Vec2Config, Wav2Vec2Encoder
-from mole_asr.asr.whisper import WhisperBlock, WhisperConfig, WhisperEncoder, WhisperFeatures, whisper_frames
+from mole_asr.asr.whisper import (
+    PretrainedEncoder,
+    WhisperBlock,
+    WhisperConfig,
+    WhisperEncoder,
+    WhisperFeatures,
+    whisper_frames,
+)
 from mole_asr.asr.whisper_checkpoint import load_whisper
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
 from mole_asr.audio.read import SAMPLING_RATE_HZ
@@ -102,8 +109,7 @@ class PretrainedCTCHead(nn.Module):
 
 
 EncoderSizes: TypeAlias = WhisperConfig | Wav2Vec2Config | W2vBertConfig
-PretrainedEncoder: TypeAlias = WhisperEncoder | Wav2Vec2Encoder | W2vBertEncoder
-ENCODERS: dict[str, tuple[type[EncoderSizes], type[Any]]] = {
+ENCODERS: dict[str, tuple[type[EncoderSizes], type[PretrainedEncoder]]] = {
     "whisper": (WhisperConfig, WhisperEncoder),
     "wav2vec2": (Wav2Vec2Config, Wav2Vec2Encoder),
     "w2v_bert": (W2vBertConfig, W2vBertEncoder),

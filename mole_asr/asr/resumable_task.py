@@ -1,10 +1,12 @@
 """What the Lightning tasks of recognisers and of language models share: a known end, clipping, and a safe resume."""
 
 import zlib
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from mole_asr.errors import MoleError
 
@@ -15,11 +17,15 @@ class ResumableTask(LightningModule):
     Attributes:
         ids_name: what gives token ids their meaning, for messages.
         ids_key: of its checksum in a checkpoint.
+        seed: of the whole training.
+        loss_weights: an attribute a loss.
     """
 
     ids_name: ClassVar[str]
     ids_key: ClassVar[str]
     model: Any
+    seed: int
+    loss_weights: Any
 
     def ids_fingerprint(self) -> bytes:
         """What differs where token ids mean something else."""
@@ -39,6 +45,18 @@ class ResumableTask(LightningModule):
         if steps == float("inf"):
             raise MoleError("trainer.max_epochs: the learning rate needs to know the end; give a number of epochs")
         return int(steps)
+
+    def seed_step(self, batch_index: int) -> None:
+        """Seeds torch by the place of a step, so that a resumed run draws what it would have drawn."""
+        place = f"{self.seed} {self.current_epoch} {batch_index} {self.global_rank}"
+        torch.manual_seed(zlib.crc32(place.encode()))
+
+    def weighted_sum(self, named: Mapping[str, Tensor], batch_size: int) -> Tensor:
+        """The losses of a batch, each times its weight, added up; logs them and the sum."""
+        total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))
+        self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=batch_size)
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
+        return total
 
     def configure_gradient_clipping(
         self,

@@ -2,7 +2,6 @@
 
 import math
 import sys
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -161,8 +160,7 @@ class MoleTask(ResumableTask):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The weighted sum of the losses of a batch."""
-        place = f"{self.seed} {self.current_epoch} {batch_index} {self.global_rank}"
-        torch.manual_seed(zlib.crc32(place.encode()))
+        self.seed_step(batch_index)
         scheduled_steps = self.scheduled_share * self.trainer.estimated_stepping_batches
         true_probability = max(0.0, 1 - self.global_step / scheduled_steps) if scheduled_steps > 0 else 0.0
         output = self.model(batch.audio_BS, batch.audio_lengths_B, batch.languages_B, true_probability)
@@ -172,11 +170,8 @@ class MoleTask(ResumableTask):
             named["attention"] = head.loss(output.memory_BTD, output.frames.lengths_B, batch.texts, batch.languages_B)
         if self.replay is not None:
             named["replay"] = self.replay(self.model)
-        total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))
-        self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=len(batch))
-        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
         self.log("train/mean_reliability", output.reliability_B.detach().mean(), batch_size=len(batch))
-        return total
+        return self.weighted_sum(named, len(batch))
 
     def on_fit_start(self) -> None:
         """Refuses what would end the run in the middle, or train nothing.

@@ -11,13 +11,12 @@ import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mole_asr.asr.attention import attend, merge_heads, split_heads
+from mole_asr.asr.attention import SelfAttention, attend, merge_heads, split_heads
 from mole_asr.asr.conformer import Frames
 from mole_asr.asr.depthwise import depthwise_convolution
 from mole_asr.asr.wav2vec2 import normalized
-from mole_asr.asr.whisper import HOP, WhisperFeedForward, WhisperSelfAttention, whisper_frames
+from mole_asr.asr.whisper import HOP, PretrainedEncoder, WhisperFeedForward
 from mole_asr.audio.read import SAMPLING_RATE_HZ
-from mole_asr.moe.experts import Activation
 
 WINDOW = 400
 N_FFT = 512
@@ -110,7 +109,7 @@ class W2vBertStem(nn.Module):
         return self.projection(self.norm(features)).float(), lengths_B
 
 
-class RelativeAttention(WhisperSelfAttention):
+class RelativeAttention(SelfAttention):
     """LayerNorm, then self-attention whose scores know the clipped distance between two frames (Shaw et al., 2018)."""
 
     def __init__(self, d_model: int, num_heads: int, left: int, right: int) -> None:
@@ -170,10 +169,10 @@ class W2vBertBlock(nn.Module):
         return self.norm(x_BTD + 0.5 * self.feed_forward(x_BTD, frames, decision))
 
 
-class W2vBertEncoder(nn.Module):
-    """Stem and blocks; `norm` does nothing: the last block ends with a norm."""
+class W2vBertEncoder(PretrainedEncoder):
+    """Takes waveforms at 16 kHz; its `norm` does nothing: the last block ends with a norm."""
 
-    activation: Activation = "silu"
+    activation = "silu"
 
     def __init__(self, config: W2vBertConfig) -> None:
         super().__init__()
@@ -181,15 +180,3 @@ class W2vBertEncoder(nn.Module):
         self.stem = W2vBertStem(config)
         self.blocks = nn.ModuleList(W2vBertBlock(config) for _ in range(config.encoder_layers))
         self.norm = nn.Identity()
-
-    def frames(self, lengths_B: Tensor, size: int) -> Frames:
-        """What the blocks need to know of a batch padded to `size` frames."""
-        return whisper_frames(lengths_B, size, self.config.encoder_heads)
-
-    def forward(self, audio_BS: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes waveforms at 16 kHz: x_BTD in float32, and its lengths in frames."""
-        x_BTD, lengths_B = self.stem(audio_BS, lengths_B)
-        frames = self.frames(lengths_B, x_BTD.shape[1])
-        for block in self.blocks:
-            x_BTD = block(x_BTD, frames)
-        return self.norm(x_BTD), lengths_B

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mole_asr.asr.attention import SelfAttention
 from mole_asr.asr.conformer import Frames
-from mole_asr.asr.whisper import WhisperBlock, WhisperFeedForward, WhisperSelfAttention, whisper_frames
+from mole_asr.asr.whisper import PretrainedEncoder, WhisperBlock, WhisperFeedForward
 from mole_asr.audio.features import valid_mask
-from mole_asr.moe.experts import Activation
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class PostNormBlock(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, num_heads: int) -> None:
         super().__init__()
-        self.attention = WhisperSelfAttention(d_model, num_heads)
+        self.attention = SelfAttention(d_model, num_heads)
         self.attention.norm = nn.Identity()  # type: ignore[assignment]
         self.attention_norm = nn.LayerNorm(d_model)
         self.feed_forward: nn.Module = WhisperFeedForward(d_model, d_ff)
@@ -191,10 +191,10 @@ class PostNormBlock(nn.Module):
         return self.norm(self.attention_norm(sum_BTD) + self.feed_forward(sum_BTD, frames, decision))
 
 
-class Wav2Vec2Encoder(nn.Module):
-    """Stem, blocks, LayerNorm. Attributes `stem`, `blocks`, `norm` are there to be run one by one."""
+class Wav2Vec2Encoder(PretrainedEncoder):
+    """Takes waveforms at 16 kHz."""
 
-    activation: Activation = "gelu"
+    stem: Wav2Vec2Stem
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -205,15 +205,3 @@ class Wav2Vec2Encoder(nn.Module):
             block(config.d_model, config.d_ff, config.encoder_heads) for _ in range(config.encoder_layers)
         )
         self.norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()
-
-    def frames(self, lengths_B: Tensor, size: int) -> Frames:
-        """What the blocks need to know of a batch padded to `size` frames."""
-        return whisper_frames(lengths_B, size, self.config.encoder_heads)
-
-    def forward(self, audio_BS: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes waveforms at 16 kHz: x_BTD in float32, and its lengths in frames."""
-        x_BTD, lengths_B = self.stem(audio_BS, lengths_B)
-        frames = self.frames(lengths_B, x_BTD.shape[1])
-        for block in self.blocks:
-            x_BTD = block(x_BTD, frames)
-        return self.norm(x_BTD), lengths_B

@@ -8,13 +8,14 @@ W width of a head (D / H).
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mole_asr.asr.attention import attend, key_mask_bias, merge_heads, split_heads
+from mole_asr.asr.attention import SelfAttention, key_mask_bias
 from mole_asr.asr.conformer import Frames
 from mole_asr.asr.subsampling import windows
 from mole_asr.audio.features import valid_mask
@@ -163,25 +164,6 @@ def whisper_frames(lengths_B: Tensor, size: int, num_heads: int) -> Frames:
     return Frames(lengths_B=lengths_B, valid_BT=valid_BT, bias_GTT=bias_G1T, rows=rows)
 
 
-class WhisperSelfAttention(nn.Module):
-    """LayerNorm, then multi-head self-attention.
-
-    Whisper's keys have no bias. Ours do, and it changes nothing: it adds the same number to all scores of a query.
-    """
-
-    def __init__(self, d_model: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = nn.LayerNorm(d_model)
-        self.query_key_value = nn.Linear(d_model, 3 * d_model)
-        self.output = nn.Linear(d_model, d_model)
-
-    def forward(self, x_BTD: Tensor, bias_GTT: Tensor) -> Tensor:
-        """Attends over all frames, with a bias ([G, 1, T] or [G, T, T]) on the scores."""
-        query_GTW, key_GTW, value_GTW = split_heads(self.query_key_value(self.norm(x_BTD)), 3, self.num_heads)
-        return self.output(merge_heads(attend(query_GTW, key_GTW, value_GTW, bias_GTT), self.num_heads))
-
-
 class WhisperFeedForward(nn.Module):
     """LayerNorm, then D -> F -> D. A mixture of experts with the same `forward` can stand in its place.
 
@@ -214,7 +196,7 @@ class WhisperBlock(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, num_heads: int) -> None:
         super().__init__()
-        self.attention = WhisperSelfAttention(d_model, num_heads)
+        self.attention = SelfAttention(d_model, num_heads)
         self.feed_forward: nn.Module = WhisperFeedForward(d_model, d_ff)
 
     def forward(self, x_BTD: Tensor, frames: Frames, decision: object = None) -> Tensor:
@@ -223,10 +205,35 @@ class WhisperBlock(nn.Module):
         return x_BTD + self.feed_forward(x_BTD, frames, decision)
 
 
-class WhisperEncoder(nn.Module):
-    """Stem, blocks, LayerNorm. Attributes `stem`, `blocks`, `norm` are there to be run one by one."""
+class PretrainedEncoder(nn.Module):
+    """Stem, blocks, last norm, to be run one by one: a mixture of experts stands between and in the blocks.
+
+    Attributes:
+        config: with `encoder_heads`.
+        activation: of the feed-forward parts.
+    """
 
     activation: Activation = "gelu"
+    config: Any
+    stem: nn.Module
+    blocks: nn.ModuleList
+    norm: nn.Module
+
+    def frames(self, lengths_B: Tensor, size: int) -> Frames:
+        """What the blocks need to know of a batch padded to `size` frames."""
+        return whisper_frames(lengths_B, size, self.config.encoder_heads)
+
+    def forward(self, inputs: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes what the stem takes: x_BTD in float32, and its lengths in frames of 20 ms."""
+        x_BTD, lengths_B = self.stem(inputs, lengths_B)
+        frames = self.frames(lengths_B, x_BTD.shape[1])
+        for block in self.blocks:
+            x_BTD = block(x_BTD, frames)
+        return self.norm(x_BTD), lengths_B
+
+
+class WhisperEncoder(PretrainedEncoder):
+    """Takes features of `WhisperFeatures`."""
 
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
@@ -236,15 +243,3 @@ class WhisperEncoder(nn.Module):
             WhisperBlock(config.d_model, config.d_ff, config.encoder_heads) for _ in range(config.encoder_layers)
         )
         self.norm = nn.LayerNorm(config.d_model)
-
-    def frames(self, lengths_B: Tensor, size: int) -> Frames:
-        """What the blocks need to know of a batch padded to `size` frames."""
-        return whisper_frames(lengths_B, size, self.config.encoder_heads)
-
-    def forward(self, features_BTF: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes features of `WhisperFeatures`: x_BTD in float32, and its lengths in frames of 20 ms."""
-        x_BTD, lengths_B = self.stem(features_BTF, frames_B)
-        frames = self.frames(lengths_B, x_BTD.shape[1])
-        for block in self.blocks:
-            x_BTD = block(x_BTD, frames)
-        return self.norm(x_BTD), lengths_B

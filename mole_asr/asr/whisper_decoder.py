@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mole_asr.asr.attention import MASKED, attend, key_mask_bias, merge_heads, split_heads
-from mole_asr.asr.whisper import WhisperConfig, WhisperFeedForward, WhisperSelfAttention
+from mole_asr.asr.attention import MASKED, SelfAttention, attend, key_mask_bias, merge_heads, split_heads
+from mole_asr.asr.whisper import WhisperConfig, WhisperFeedForward
 from mole_asr.audio.features import valid_mask
 from mole_asr.errors import MoleError
+from mole_asr.moe.experts import compute_dtype
 
 CACHE_BLOCK = 32  # places that a cache grows by
 
@@ -108,7 +109,7 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, num_heads: int) -> None:
         super().__init__()
-        self.attention = WhisperSelfAttention(d_model, num_heads)
+        self.attention = SelfAttention(d_model, num_heads)
         self.cross_attention = CrossAttention(d_model, num_heads)
         self.feed_forward = WhisperFeedForward(d_model, d_ff)
 
@@ -213,8 +214,5 @@ class WhisperDecoder(nn.Module):
     @staticmethod
     def _causal(num_tokens: int, start: int, places: int, like: Tensor) -> Tensor:
         """MASKED where a token would see a later one: [1, U, P], in the type of matrix products."""
-        dtype = like.dtype
-        if torch.is_autocast_enabled(like.device.type):
-            dtype = torch.get_autocast_dtype(like.device.type)
-        bias_UP = torch.full((num_tokens, places), MASKED, dtype=dtype, device=like.device)
+        bias_UP = torch.full((num_tokens, places), MASKED, dtype=compute_dtype(like), device=like.device)
         return bias_UP.triu_(start + 1)[None]

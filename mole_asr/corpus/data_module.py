@@ -176,20 +176,19 @@ class SpeechDataModule(LightningDataModule):
 
     def train_dataloader(self) -> PlanLoader:
         """Batches of the current epoch that are still to come."""
-        return self._loader("train", self.batch_seconds, lambda: place_of(self.trainer), temperature=self.temperature)
+        return self._loader("train", lambda: place_of(self.trainer))
 
     def training_epoch(self, epoch: int) -> PlanLoader:
         """All training batches of an epoch, of all ranks."""
-        place = (epoch, 0)
-        return self._loader("train", self.batch_seconds, lambda: place, temperature=self.temperature, shared=False)
+        return self._loader("train", lambda: (epoch, 0), shared=False)
 
     def val_dataloader(self) -> PlanLoader:
         """All validation batches, longest first, the same every time."""
-        return self._loader("valid", self.valid_batch_seconds, lambda: (0, 0), shuffle=False)
+        return self._loader("valid", lambda: (0, 0))
 
     def whole_validation(self) -> PlanLoader:
         """All validation batches of all ranks, in each of them."""
-        return self._loader("valid", self.valid_batch_seconds, lambda: (0, 0), shuffle=False, shared=False)
+        return self._loader("valid", lambda: (0, 0), shared=False)
 
     def training_labels(self) -> dict[str, list[np.ndarray]]:
         """Label sequences of the utterances that are trained on, by language."""
@@ -235,28 +234,21 @@ class SpeechDataModule(LightningDataModule):
             log.warning("%s: %s (the first of each: %s)", self._path(split), selection, first)
         return SpeechDataset(manifest, labels, language_ids, config, self.seed), selection
 
-    def _loader(
-        self,
-        split: str,
-        batch_seconds: float,
-        place: Callable[[], tuple[int, int]],
-        temperature: float = 1.0,
-        shuffle: bool = True,
-        shared: bool = True,
-    ) -> PlanLoader:
-        dataset, rows = self._datasets[split], self.selections[split].rows
+    def _loader(self, split: str, place: Callable[[], tuple[int, int]], shared: bool = True) -> PlanLoader:
+        """Batches of a split from a place on, those of this rank or, not `shared`, of all."""
+        dataset, rows, trains = self._datasets[split], self.selections[split].rows, split == "train"
         # Speed perturbation makes utterances longer: the slowest version must fit into the batch.
         stretch = dataset.augment_config.longest_stretch if dataset.augment_config else 1.0
         plan = BatchPlan(
             durations_s=dataset.manifest.durations_s[rows] * stretch,
             text_lengths=dataset.labels.lengths[rows],
             language_ids=dataset.language_ids[rows],
-            batch_seconds=batch_seconds,
+            batch_seconds=self.batch_seconds if trains else self.valid_batch_seconds,
             max_batch_labels=self.max_batch_labels,
             seed=self.seed,
-            temperature=temperature,
+            temperature=self.temperature if trains else 1.0,
             world_size=self.trainer.world_size if self.trainer and shared else 1,
-            shuffle=shuffle,
+            shuffle=trains,
         )
         rank = self.trainer.global_rank if self.trainer and shared else 0
         return PlanLoader(dataset, plan, rows, rank, self.num_workers, place)

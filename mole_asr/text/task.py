@@ -2,7 +2,6 @@
 
 import math
 import sys
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -183,22 +182,18 @@ class TextTask(ResumableTask):
 
     def training_step(self, batch: TextBatch, batch_index: int) -> Tensor:
         """The weighted sum of the losses of a batch."""
-        place = f"{self.seed} {self.current_epoch} {batch_index} {self.global_rank}"
-        torch.manual_seed(zlib.crc32(place.encode()))
+        self.seed_step(batch_index)
         output, targets_BT = self.predict(batch)
         targets = (targets_BT >= 0).sum().clamp(min=1)
         named = {"token": nats(output.logits_BTV, targets_BT).sum() / targets}
         named |= routing_losses(self.model.policies, output.plans)
-        total = sum((getattr(self.loss_weights, name) * loss for name, loss in named.items()), torch.zeros(()))
-        self.log_dict({f"train/{name}": loss.detach() for name, loss in named.items()}, batch_size=len(batch))
-        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
         if self._adaptive:
             shares_BL = two_expert_shares([output.plans[layer] for layer in self._adaptive], len(batch))
             if self._curriculum is not None:
                 self._curriculum.record(batch.rows_B, shares_BL)
             named_shares = zip(self._adaptive, shares_BL.mean(0), strict=True)
             self.log_dict({f"train/several_share_{layer}": share for layer, share in named_shares})
-        return total
+        return self.weighted_sum(named, len(batch))
 
     def validation_step(self, batch: TextBatch, batch_index: int) -> None:
         """Counts bits and routes; no label helps."""
