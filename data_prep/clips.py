@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from mole_asr.audio.read import resample
+from mole_asr.audio.read import SAMPLING_RATE_HZ, resample
 from mole_asr.corpus.manifest import Utterance
 from mole_asr.corpus.normalize import normalize
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path
 
-SAMPLING_RATE_HZ = 16000
 _WAV_HEADER_BYTES = 44
 
 

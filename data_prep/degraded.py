@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 
 from mole_asr.audio.augment import add_noise
-from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio, resample
+from mole_asr.audio.read import SAMPLING_RATE_HZ, resample
 from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
 from mole_asr.data_prep.clips import write_wav
 from mole_asr.errors import MoleError
@@ -97,11 +97,11 @@ def telephone_line(audio_S: np.ndarray, law: str) -> np.ndarray:
 
 
 def _over_telephone(manifest: Manifest, row: int, rng: np.random.Generator) -> np.ndarray:
-    return telephone_line(_read(manifest[row]), str(rng.choice(["ULAW", "ALAW"])))
+    return telephone_line(manifest[row].read(), str(rng.choice(["ULAW", "ALAW"])))
 
 
 def _in_noise(manifest: Manifest, row: int, rng: np.random.Generator) -> np.ndarray:
-    audio_S = _read(manifest[row])
+    audio_S = manifest[row].read()
     snr_db, babble_share = rng.uniform(*_SNR_DB), rng.uniform(0.2, 0.8)
     power = np.mean(np.square(audio_S)) * 10 ** (-snr_db / 10)
     babble_S = _babble(manifest, row, len(audio_S), rng) * np.float32(np.sqrt(power * babble_share))
@@ -114,7 +114,7 @@ def _babble(manifest: Manifest, row: int, num_samples: int, rng: np.random.Gener
     count = min(len(others), int(rng.integers(_TALKERS[0], _TALKERS[1] + 1)))
     babble_S = np.zeros(num_samples, np.float32)
     for other in rng.choice(others, count, replace=False):
-        voice_S = _read(manifest[other])
+        voice_S = manifest[other].read()
         voice_S = np.take(voice_S, rng.integers(len(voice_S)) + np.arange(num_samples), mode="wrap")
         babble_S += voice_S / max(float(voice_S.std()), 1e-5)
     return babble_S / max(float(np.sqrt(np.mean(np.square(babble_S)))), 1e-5)
@@ -132,10 +132,6 @@ def _band_pass(audio_S: np.ndarray) -> np.ndarray:
 
 def _generator(kind: str, utterance_id: str) -> np.random.Generator:
     return np.random.default_rng(int(hashlib.sha256(f"{kind}:{utterance_id}".encode()).hexdigest(), 16))
-
-
-def _read(utterance: Utterance) -> np.ndarray:
-    return read_audio(utterance.audio_path, SAMPLING_RATE_HZ, utterance.start_s, utterance.duration_s)
 
 
 def _moved(utterance: Utterance, path: Path, num_samples: int) -> Utterance:

@@ -89,7 +89,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
         raise MoleError(f"{folder / 'config.json'}: no config of ours ({error!r}); copy the folder anew") from None
     path = folder / "model.safetensors"
     try:
-        model.load_state_dict({_moved(name): tensor for name, tensor in load_file(path).items()})
+        model.load_state_dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise MoleError(f"{path}: cannot be read ({error}); copy the folder anew") from None
     except RuntimeError as error:
@@ -122,11 +122,6 @@ def _build(config: Any, languages: Any, tokenizer: TextTokenizer, folder: Path) 
             config["vocab_size"],
         )
     return MoleModel(_dataclass(EncoderConfig, config["encoder"], folder), languages, config["vocab_size"])
-
-
-def _moved(name: str) -> str:
-    """Where a tensor lies now: models of the first release had the language tokenizer beside the blocks."""
-    return f"mixture.{name}" if name.startswith("language_tokenizer.") else name
 
 
 _Config = TypeVar("_Config", bound=EncoderConfig | PretrainedConfig | EncoderSizes)

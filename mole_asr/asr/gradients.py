@@ -6,7 +6,8 @@ Letters: E experts.
 import torch
 from torch import Tensor, nn
 
-from mole_asr.asr.mixture import ExpertMixture, MixtureFeedForward
+from mole_asr.asr.generations import mixture_of
+from mole_asr.asr.mixture import MixtureFeedForward
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
@@ -23,9 +24,9 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
         "agnostic" for the agnostic expert. Empty without experts, or without any gradient.
     """
     squares: dict[str, Tensor] = {}
-    mixture = next((module for module in model.modules() if isinstance(module, ExpertMixture)), None)
+    mixture = mixture_of(model)
     for layer in model.modules():
-        if isinstance(layer, MixtureFeedForward) and mixture is not None:
+        if isinstance(layer, MixtureFeedForward):
             experts = layer.moe.experts
             named = (
                 mixture.config.mixture in ("language", "forced") and len(mixture.expert_names) == experts.num_experts

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from mole_asr.asr.attention_head import AttentionHead
 from mole_asr.asr.conformer import ConformerBlock, FeedForward, Frames
-from mole_asr.asr.language_tokenizer import LanguageEvidence
 from mole_asr.asr.mixture import Decision, ExpertMixture, MixtureConfig, MixtureFeedForward
 from mole_asr.asr.subsampling import Subsampling
 from mole_asr.audio.features import FRAME_SHIFT_S, SUBSAMPLING, LogMel
 from mole_asr.errors import MoleError
 from mole_asr.moe.parts import PartedInput, PartedLinear, log_softmax
-from mole_asr.moe.plan import RoutingPlan
 
 
 @dataclass(frozen=True)
@@ -95,16 +93,6 @@ class ModelOutput:
     memory_BTD: Tensor | None = None
 
     @property
-    def evidence(self) -> LanguageEvidence:
-        """What the language tokenizer heard."""
-        return self.decision.evidence
-
-    @property
-    def plan(self) -> RoutingPlan:
-        """The language router's plan: that of the MoLE blocks, where the language chooses the experts."""
-        return self.decision.heard
-
-    @property
     def reliability_B(self) -> Tensor:
         """float32 r of each utterance (mean over its frames where the language is decided a frame)."""
         return self.decision.reliability_B
@@ -112,12 +100,7 @@ class ModelOutput:
     @property
     def language_logits_BN(self) -> Tensor:
         """Language logits of each utterance."""
-        return self.evidence.logits_BN
-
-    @property
-    def language_evidence_BTN(self) -> Tensor:
-        """Language logits of each frame."""
-        return self.evidence.evidence_BTN
+        return self.decision.evidence.logits_BN
 
 
 class CTCHead(PartedLinear):
@@ -165,10 +148,6 @@ class MoleModel(nn.Module):
         return ConformerBlock(
             config.d_model, config.d_ff, config.num_heads, config.kernel_size, config.dropout, feed_forward_out=out
         )
-
-    def language_posterior(self, logits: Tensor) -> Tensor:
-        """softmax(z / temperature) over the last dimension, as the router takes it; float32."""
-        return self.mixture.language_posterior(logits)
 
     def forward(
         self,

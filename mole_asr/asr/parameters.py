@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mole_asr.asr.mixture import ExpertMixture, MixtureFeedForward
+from mole_asr.asr.generations import mixture_of
+from mole_asr.asr.mixture import MixtureFeedForward
 from mole_asr.moe.convert.sliced import sliced_layers
 from mole_asr.moe.statistics import expert_cost
 
@@ -25,7 +26,7 @@ class Parameters:
 def count_parameters(model: nn.Module) -> Parameters:
     """Counts the parameters of a model with an `ExpertMixture`, on whatever encoder it stands."""
     total = active = sum(parameter.numel() for parameter in model.parameters())
-    mixture = next(module for module in model.modules() if isinstance(module, ExpertMixture))
+    mixture = mixture_of(model)
     chosen = mixture.experts_per_frame
     for layer in model.modules():
         if isinstance(layer, MixtureFeedForward):

@@ -180,10 +180,6 @@ class PretrainedModel(nn.Module):
         if config.attention_head and tokenizer is not None and isinstance(sizes, WhisperConfig):
             self.attention_head = AttentionHead(sizes, tokenizer, self.languages)
 
-    def language_posterior(self, logits: Tensor) -> Tensor:
-        """softmax(z / temperature) over the last dimension, as the router takes it; float32."""
-        return self.mixture.language_posterior(logits)
-
     def forward(
         self,
         audio_BS: Tensor,

@@ -34,15 +34,14 @@ def hear_languages(model: str | Path, utterance: Utterance) -> Routing:
     import torch
 
     from mole_asr.asr.checkpoint import load_model
-    from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
 
     recogniser, _ = load_model(model)
-    audio_S = torch.from_numpy(
-        read_audio(utterance.audio_path, SAMPLING_RATE_HZ, utterance.start_s, utterance.duration_s)
-    )
+    audio_S = torch.from_numpy(utterance.read())
     with torch.inference_mode():
         output = recogniser(audio_S[None], torch.tensor([len(audio_S)]))
-    evidence_TN = recogniser.language_posterior(output.language_evidence_BTN[0, : int(output.lengths_B[0])])
+    evidence_TN = recogniser.mixture.language_posterior(
+        output.decision.evidence.evidence_BTN[0, : int(output.lengths_B[0])]
+    )
     return Routing(
         id=utterance.id,
         text=utterance.text,

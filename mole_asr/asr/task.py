@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from mole_asr.arguments import check_range
@@ -219,7 +220,7 @@ class MoleTask(ResumableTask):
         for hypothesis, by_ctc, text, language in texts:
             if language < 0:  # stands in for a batch with no readable file
                 continue
-            errors = [_edit_distance(text, hypothesis), _edit_distance(text, by_ctc), len(text)]
+            errors = [Levenshtein.distance(text, hypothesis), Levenshtein.distance(text, by_ctc), len(text)]
             self._counts_N3[language] += torch.tensor(errors)
             # The longest utterances come first.
             self._samples.setdefault(language, f"{text}\n      -> {hypothesis}")
@@ -274,13 +275,6 @@ class MoleTask(ResumableTask):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             self.log_dict({f"gradient/{name}": norm for name, norm in gradient_norms(self.model).items()})
-
-
-def _edit_distance(reference: str, hypothesis: str) -> int:
-    """Character errors: substitutions, deletions and insertions."""
-    from rapidfuzz.distance import Levenshtein  # comes with jiwer
-
-    return Levenshtein.distance(reference, hypothesis)
 
 
 def _refuse_unused(optimizer: OptimizerConfig, fine_tuning: FineTuning, is_pretrained: bool) -> None:

@@ -55,7 +55,7 @@ class AudioInfo:
 
 
 def read_audio(
-    path: str | Path, sampling_rate_hz: int = 16000, start_s: float = 0.0, duration_s: float | None = None
+    path: str | Path, sampling_rate_hz: int = SAMPLING_RATE_HZ, start_s: float = 0.0, duration_s: float | None = None
 ) -> np.ndarray:
     """Reads a file, or a part of it, as mono samples at the rate asked for.
 

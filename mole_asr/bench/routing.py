@@ -83,8 +83,6 @@ def routing(model: str, manifest: str, output: str | None = None) -> RoutingLoad
 def _count(recogniser: "Recogniser", manifest: "Manifest") -> RoutingLoads:
     import torch
 
-    from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
-
     experts = recogniser.mixture.expert_names
     loads_LE = {unit: torch.zeros(len(recogniser.languages), len(experts)) for unit in UNITS}
     reliability = dict.fromkeys(UNITS, 0.0)
@@ -93,8 +91,7 @@ def _count(recogniser: "Recogniser", manifest: "Manifest") -> RoutingLoads:
         if utterance.language not in recogniser.languages:
             continue
         try:
-            audio_S = read_audio(utterance.audio_path, SAMPLING_RATE_HZ, utterance.start_s, utterance.duration_s)
-            found = _route(recogniser, torch.from_numpy(audio_S))
+            found = _route(recogniser, torch.from_numpy(utterance.read()))
         except (MoleError, OSError) as error:
             failures.append((utterance.id, f"{utterance.id}: {error}"))
             continue
@@ -119,7 +116,7 @@ def _route(recogniser: "Recogniser", audio_S: "Tensor") -> dict[str, tuple["Tens
 
     with torch.inference_mode():
         heard = recogniser(audio_S[None], torch.tensor([len(audio_S)]))
-        evidence, rows = heard.evidence, heard.frames.rows
+        evidence, rows = heard.decision.evidence, heard.frames.rows
         found = {}
         for unit, logits, reliability_logits in (
             ("utterance", evidence.logits_BN, evidence.reliability_logits_B),

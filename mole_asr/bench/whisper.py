@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mole_asr.arguments import check_at_least
+from mole_asr.audio.read import SAMPLING_RATE_HZ
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
 from mole_asr.transcribe.command import TranscribeResult
@@ -140,10 +141,8 @@ def _missing(cuts: "Manifest", rows: range, done: set[str]) -> "Iterator[Utteran
 
 def _transcribe(peer: Any, utterance: "Utterance", is_given: bool, beam: int) -> tuple[float, Transcript]:
     """Seconds it took, reading included, and the transcript."""
-    from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
-
     start = time.perf_counter()
-    audio_S = read_audio(utterance.audio_path, SAMPLING_RATE_HZ, utterance.start_s, utterance.duration_s)
+    audio_S = utterance.read()
     told = utterance.language if is_given else None
     found, info = peer.transcribe(audio_S, language=told, beam_size=beam, **_OPTIONS)
     segments = [Segment(segment.start, segment.end, segment.text.strip()) for segment in found]
@@ -170,9 +169,7 @@ def _end(
     result.seconds = sum(line["seconds"] for line in wanted)
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line["transcript"], ensure_ascii=False) + "\n" for line in wanted)
-    stats = {"audio_s": result.audio_s, "seconds": result.seconds, "real_time_factor": result.real_time_factor}
-    rounded = {key: round(value, 4) for key, value in stats.items()}
-    write_text(path.with_suffix(".stats.json"), json.dumps({**rounded, **settings}) + "\n")
+    result.write_stats(path, settings)
     print(
         f"{result.files} utterances, {result.audio_s:.1f} s of sound in {result.seconds:.1f} s "
         f"(real-time factor {result.real_time_factor:.3f}), {len(result.failures)} skipped",

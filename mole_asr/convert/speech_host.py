@@ -6,6 +6,7 @@ Letters: B utterances, T frames, N valid frames, V vocabulary.
 from pathlib import Path
 
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 
 from mole_asr.asr.checkpoint import Recogniser, load_model, save_model
@@ -119,8 +120,6 @@ class SpeechHost(Host):
         loss = ctc_loss(output.log_probs_BTV, output.lengths_B, batch)
 
         def count() -> Counts:
-            from rapidfuzz.distance import Levenshtein  # comes with jiwer
-
             spelled = [self.tokenizer.decode(ids) for ids in greedy_ctc(output.log_probs_BTV, output.lengths_B)]
             errors = float(sum(map(Levenshtein.distance, batch.texts, spelled)))
             characters, labels = float(sum(map(len, batch.texts))), float(batch.label_lengths_B.sum())

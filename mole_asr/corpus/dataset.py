@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from mole_asr.audio.augment import AugmentConfig, augment
-from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
+from mole_asr.audio.read import SAMPLING_RATE_HZ
 from mole_asr.corpus.batch import Batch, Example, collate
 from mole_asr.corpus.manifest import Manifest, Utterance
 from mole_asr.corpus.text_tokenizer import TextTokenizer
@@ -102,7 +102,7 @@ def _read(utterance: Utterance) -> np.ndarray:
     Raises:
         MoleError: the file cannot be read, or ends long before the manifest says: its text would not fit the audio.
     """
-    audio_S = read_audio(utterance.audio_path, SAMPLING_RATE_HZ, utterance.start_s, utterance.duration_s)
+    audio_S = utterance.read()
     if len(audio_S) < MIN_SHARE_OF_DURATION * utterance.duration_s * SAMPLING_RATE_HZ:
         found_s = len(audio_S) / SAMPLING_RATE_HZ
         raise MoleError(f"{utterance.audio_path}: holds {found_s:.2f} s of {utterance.duration_s:.2f} s; cut short?")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mole_asr.audio.read import read_audio
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path
 
@@ -44,6 +45,10 @@ class Utterance:
     speaker: str | None = None
     num_samples: int = 0
     channels: int = 1
+
+    def read(self) -> np.ndarray:
+        """Its samples, float32 [S], mono at 16 kHz; see `read_audio` for what is raised."""
+        return read_audio(self.audio_path, start_s=self.start_s, duration_s=self.duration_s)
 
 
 def write_manifest(utterances: Iterable[Utterance], path: str | Path) -> int:

@@ -8,7 +8,7 @@ old classes can be meant, it is what it was before the new ones came.
 Shape letters: C classes of all parts, c of some.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -19,30 +19,19 @@ ASLEEP = -1e4
 """Logit or log-probability of a class that cannot be meant; finite, as infinite ones make NaN gradients."""
 
 
-def softmax(logits: Tensor, parts: Sequence[int], newest: Tensor | None = None) -> Tensor:
-    """Softmax over the last dimension; classes that cannot be meant get 0.
+def log_softmax(logits: Tensor, parts: Sequence[int], newest: Tensor | None = None) -> Tensor:
+    """Logarithm of the softmax over the last dimension; classes that cannot be meant get `ASLEEP`.
 
     Args:
         logits: [..., C].
         parts: classes of each generation, the oldest first; they add up to C.
         newest: int64, of the first dimensions of the logits: the newest generation that counts; None for the last.
     """
-    return _by_generation(lambda some: some.softmax(-1), logits, parts, newest, 0.0)
-
-
-def log_softmax(logits: Tensor, parts: Sequence[int], newest: Tensor | None = None) -> Tensor:
-    """Logarithm of `softmax`; classes that cannot be meant get `ASLEEP`."""
-    return _by_generation(lambda some: some.log_softmax(-1), logits, parts, newest, ASLEEP)
-
-
-def _by_generation(
-    compute: Callable[[Tensor], Tensor], logits: Tensor, parts: Sequence[int], newest: Tensor | None, outside: float
-) -> Tensor:
     if newest is None or len(parts) == 1:
-        return compute(logits)
-    ends = accumulate(parts)
-    results = [functional.pad(compute(logits[..., :end]), (0, logits.shape[-1] - end), value=outside) for end in ends]
-    return choose(results, newest)
+        return logits.log_softmax(-1)
+    sizes = [(0, logits.shape[-1] - end) for end in accumulate(parts)]
+    some = [logits[..., : logits.shape[-1] - beyond].log_softmax(-1) for _, beyond in sizes]
+    return choose([functional.pad(each, size, value=ASLEEP) for each, size in zip(some, sizes, strict=True)], newest)
 
 
 def choose(results: Sequence[Tensor], newest: Tensor | None) -> Tensor:

@@ -93,15 +93,14 @@ class ExpertCost:
     flops_per_row: float
 
 
-def expert_cost(experts: Experts, experts_per_row: float, shared: bool | None = None) -> ExpertCost:
+def expert_cost(experts: Experts, experts_per_row: float) -> ExpertCost:
     """Size and work of a layer's experts.
 
     Args:
         experts: the parameters.
         experts_per_row: experts that a row uses beside the shared one; K, or `RoutingStatistics.experts_per_row`.
-        shared: whether the shared expert is computed; None: if there is one.
     """
-    used = experts_per_row + float(experts.shared if shared is None else shared)
+    used = experts_per_row + float(experts.shared)
     # Divided, not indexed: to index experts that are spread over ranks, all ranks would have to take part.
     one = sum(tensor.numel() for tensor in experts.stack() if tensor is not None) // experts.num_experts
     matrices = (experts.w1_EFD.numel() + experts.w2_EDF.numel()) // experts.num_experts

@@ -77,9 +77,7 @@ def load_text_model(folder: str | Path, device: str | torch.device = "cpu") -> L
                 "use the tokenizer it was trained with"
             )
         network = _dataclass(NetworkConfig, config["network"], folder)
-        # Models of before 2026-12 have one config for all layers that have experts.
-        configs = config["experts"] if isinstance(config["experts"], list) else [config["experts"]]
-        experts = [_dataclass(ExpertsConfig, each, folder) for each in configs]
+        experts = [_dataclass(ExpertsConfig, each, folder) for each in config["experts"]]
         model = TextModel(network, experts, languages, config["vocab_size"])
         rebuild(model, config, put=lambda dense, layer: layer)
         loaded = LanguageModel(model, vocabulary, int(config["window"]), list(config["major_languages"]))

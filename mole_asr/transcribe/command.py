@@ -4,10 +4,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
@@ -47,6 +47,17 @@ class TranscribeResult:
         self.audio_s += other.audio_s
         self.seconds += other.seconds
         self.failures += other.failures
+
+    def write_stats(self, manifest: Path, more: Mapping[str, Any] | None = None) -> None:
+        """Writes length, time and real-time factor beside the manifest that was written, as `x.stats.json`.
+
+        Args:
+            manifest: `x.jsonl`.
+            more: what else to note.
+        """
+        stats = {"audio_s": self.audio_s, "seconds": self.seconds, "real_time_factor": self.real_time_factor}
+        rounded = {key: round(value, 4) for key, value in stats.items()}
+        write_text(manifest.with_suffix(".stats.json"), json.dumps({**rounded, **(more or {})}) + "\n")
 
 
 def transcribe(
@@ -192,8 +203,7 @@ def _transcribe_manifest(
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for transcript in _run(transcriber, manifest, language, batch_seconds, result):
             file.write(json.dumps(transcript.to_dict(), ensure_ascii=False) + "\n")
-    stats = {"audio_s": result.audio_s, "seconds": result.seconds, "real_time_factor": result.real_time_factor}
-    write_text(path.with_suffix(".stats.json"), json.dumps({k: round(v, 4) for k, v in stats.items()}) + "\n")
+    result.write_stats(path)
     return result
 
 

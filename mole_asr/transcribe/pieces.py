@@ -84,9 +84,9 @@ def read_input(item: Input, index: int) -> tuple[str, np.ndarray]:
     """
     name = name_of(item, index)
     if isinstance(item, str | Path):
-        return name, read_audio(item, SAMPLING_RATE_HZ)
+        return name, read_audio(item)
     if not isinstance(item, np.ndarray):
-        return name, read_audio(item.audio_path, SAMPLING_RATE_HZ, item.start_s, item.duration_s)
+        return name, item.read()
     if item.ndim != 1 or item.size == 0 or item.dtype.kind != "f" or not np.isfinite(item).all():
         raise MoleError(f"input {index}: give finite float samples [S], not {item.dtype} {list(item.shape)}")
     return name, item.astype(np.float32, copy=False)

@@ -292,7 +292,7 @@ class Transcriber:
         told_B = None if languages_B is None else languages_B.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
             output = self.model(audio_BS.to(self.device), lengths_B.to(self.device), told_B)
-            probabilities_BN = self.model.language_posterior(output.language_logits_BN).cpu()
+            probabilities_BN = self.model.mixture.language_posterior(output.language_logits_BN).cpu()
             heard_B = probabilities_BN.argmax(1) if languages_B is None else languages_B
             written = self._write(output, heard_B)
         log_probs_BTV, frames = output.log_probs_BTV.float().cpu(), output.lengths_B.tolist()

@@ -95,7 +95,7 @@ def test_old_outputs_keep_their_bits(
         assert torch.equal(after.reliability_B, before.reliability_B)
         for one, other in zip(after.intermediate_log_probs_BTV, before.intermediate_log_probs_BTV, strict=True):
             assert torch.equal(one[..., :V], other)
-        posteriors = [m.language_posterior(o.language_logits_BN) for m, o in ((new, after), (old, before))]
+        posteriors = [m.mixture.language_posterior(o.language_logits_BN) for m, o in ((new, after), (old, before))]
         torch.testing.assert_close(posteriors[0][:, :3], posteriors[1])
         assert not posteriors[0][:, 3:].any() and (after.log_probs_BTV[..., V:] < -1000).all()
 

@@ -172,7 +172,7 @@ def test_in_training_the_configured_routing_says_what_the_labels_are_for(
         torch.manual_seed(0)
         model = make_model(routing=routing, dropout=0.0).train(not evaluate)
         given_B = (model(batch.audio_BS, batch.audio_lengths_B).language_logits_BN.argmax(1) + 1) % 3
-        chosen_B = model(batch.audio_BS, batch.audio_lengths_B, given_B, probability).plan.expert_ids[:, 0]
+        chosen_B = model(batch.audio_BS, batch.audio_lengths_B, given_B, probability).decision.heard.expert_ids[:, 0]
         is_given_B = chosen_B == given_B
         assert is_given_B.all() or not is_given_B.any()
         return bool(is_given_B[0])
@@ -192,8 +192,8 @@ def test_families_share_an_expert(make_model: Callable[..., MoleModel], batch: B
     with pytest.raises(MoleError, match=r"expert_of: 'dee' is no language of the model; did you mean de\?"):
         make_model(expert_of={"dee": "gem", "en": "gem"})
     output = run(model, batch, told=True)
-    assert output.plan.expert_ids[:, 0].tolist() == [0, 0, 0, 1]
-    posterior_BN = model.language_posterior(output.language_logits_BN)
+    assert output.decision.heard.expert_ids[:, 0].tolist() == [0, 0, 0, 1]
+    posterior_BN = model.mixture.language_posterior(output.language_logits_BN)
     torch.testing.assert_close(output.reliability_B[3], posterior_BN[3, 2])
     torch.testing.assert_close(output.reliability_B[0], posterior_BN[0, :2].sum())
 

@@ -39,12 +39,12 @@ def test_an_utterance_is_recognised_alone_as_in_company(
                 (alone.intermediate_log_probs_BTV[0][0], together.intermediate_log_probs_BTV[0][b, :frames]),
                 (alone.reliability_B[0], together.reliability_B[b]),
                 (alone.language_logits_BN[0], together.language_logits_BN[b]),
-                (alone.language_evidence_BTN[0], together.language_evidence_BTN[b, :frames]),
+                (alone.decision.evidence.evidence_BTN[0], together.decision.evidence.evidence_BTN[b, :frames]),
             ]:
                 torch.testing.assert_close(one, many, atol=1e-4, rtol=0)
             first = 0 if unit == "utterance" else int(together.lengths_B[:b].sum())
             units = slice(b, b + 1) if unit == "utterance" else slice(first, first + frames)
-            assert torch.equal(alone.plan.expert_ids, together.plan.expert_ids[units])
+            assert torch.equal(alone.decision.heard.expert_ids, together.decision.heard.expert_ids[units])
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -96,15 +96,15 @@ def test_output_shapes_and_types(make_model: Callable[..., MoleModel], batch: Ba
     assert output.language_logits_BN.shape == (4, len(LANGUAGES))
     assert ((output.reliability_B >= 0) & (output.reliability_B <= 1)).all()
     assert model.frame_shift_s == pytest.approx(0.04)
-    assert (output.plan.expert_ids[:, 0] == output.language_logits_BN.argmax(1)).all()
+    assert (output.decision.heard.expert_ids[:, 0] == output.language_logits_BN.argmax(1)).all()
 
 
 def test_a_given_language_is_taken_in_evaluation(make_model: Callable[..., MoleModel], batch: Batch) -> None:
     model = make_model().eval()
     heard = run(model, batch)
-    others_B = (heard.plan.expert_ids[:, 0].long() + 1) % len(LANGUAGES)
+    others_B = (heard.decision.heard.expert_ids[:, 0].long() + 1) % len(LANGUAGES)
     told = model(batch.audio_BS, batch.audio_lengths_B, others_B)
-    assert told.plan.expert_ids[:, 0].tolist() == others_B.tolist()
+    assert told.decision.heard.expert_ids[:, 0].tolist() == others_B.tolist()
     posterior_BN = heard.language_logits_BN.softmax(1)
     torch.testing.assert_close(told.reliability_B, posterior_BN.gather(1, others_B[:, None])[:, 0])
     assert not torch.allclose(told.log_probs_BTV, heard.log_probs_BTV, atol=1e-4)

@@ -70,7 +70,7 @@ def test_kept_languages_keep_their_bits(
         heard = 0
         for audio_S in noise[0]:
             before, after = (model(audio_S[None], noise[1][:1]) for model in (whole, small))
-            experts = before.plan.aux["predicted"].unique().tolist()
+            experts = before.decision.heard.aux["predicted"].unique().tolist()
             left = [0, 1] if kind == "families" else [1, 3]
             if not set(experts) <= set(left):
                 continue
@@ -79,7 +79,7 @@ def test_kept_languages_keep_their_bits(
             assert torch.equal(before.reliability_B, after.reliability_B)
             kept_logits = before.language_logits_BN[:, [1, 3]]
             assert torch.equal(kept_logits, after.language_logits_BN)
-            torch.testing.assert_close(small.language_posterior(kept_logits).sum(1), torch.ones(1))
+            torch.testing.assert_close(small.mixture.language_posterior(kept_logits).sum(1), torch.ones(1))
     assert heard > 3
 
 

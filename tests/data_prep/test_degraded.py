@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from mole_asr.audio.read import read_audio
 from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
 from mole_asr.data_prep import degraded
 from mole_asr.errors import MoleError
@@ -34,7 +33,7 @@ def corpus(folder: Path, count: int = 6) -> Path:
 
 def audio(manifest: Manifest, row: int) -> np.ndarray:
     utterance = manifest[row]
-    return read_audio(utterance.audio_path, RATE_HZ, utterance.start_s, utterance.duration_s)
+    return utterance.read()
 
 
 @pytest.mark.parametrize("kind", ["noise", "telephone"])

@@ -33,9 +33,7 @@ class LoudnessModel(torch.nn.Module):
         super().__init__()
         self.batches: list[tuple[int, int]] = []
         self.languages_given: list[list[int] | None] = []
-
-    def language_posterior(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.softmax(-1)
+        self.mixture = SimpleNamespace(language_posterior=lambda logits: logits.softmax(-1))
 
     def forward(
         self, audio_BS: torch.Tensor, audio_lengths_B: torch.Tensor, languages_B: torch.Tensor | None = None

@@ -6,7 +6,6 @@ Shape letters: E experts, D model width, H width of the dense FFN, F = H / E wid
 import torch
 from torch import Tensor, nn
 
-from mole_asr.moe.dispatch import Backend
 from mole_asr.moe.experts import GATED, Activation, ExpertWeights
 from mole_asr.moe.layer import MoELayer
 from mole_asr.moe.routers.base import Router
@@ -24,11 +23,7 @@ def contiguous_groups(d_ff: int, num_experts: int) -> Tensor:
 
 
 def slice_dense(
-    dense: ExpertWeights,
-    groups_EF: Tensor,
-    activation: Activation,
-    router: Router | None = None,
-    backend: Backend = "auto",
+    dense: ExpertWeights, groups_EF: Tensor, activation: Activation, router: Router | None = None
 ) -> MoELayer:
     """A layer whose experts are groups of neurons of a dense FFN: rows of its first matrix, columns of its second.
 
@@ -42,7 +37,6 @@ def slice_dense(
         groups_EF: the neurons of each expert; every neuron once.
         activation: of the dense FFN.
         router: of the layer; None to set it later, or to give a plan to every forward.
-        backend: "auto", or a fixed backend of `dispatch`.
 
     Raises:
         ValueError: the groups do not hold every neuron once, or the first matrix has not the rows of the activation.
@@ -59,7 +53,7 @@ def slice_dense(
         raise ValueError(f"groups_EF must hold each of the {d_ff} neurons once")
     num_experts, width = groups_EF.shape
     bias = dense.b1_F is not None or dense.b2_D is not None
-    layer = MoELayer(d_model, width, num_experts, router, activation, bias, backend=backend, slices=True)
+    layer = MoELayer(d_model, width, num_experts, router, activation, bias, slices=True)
     # The gate and the value of a gated neuron lie H rows apart.
     rows_EF = torch.cat([groups_EF + part * d_ff for part in range(stacked)], dim=1)
     set_parameters(layer.experts, w1_EFD=dense.w1_FD[rows_EF], w2_EDF=dense.w2_DF[:, groups_EF].transpose(0, 1))
