@@ -4,8 +4,12 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from mole_asr.errors import MoleError
+
+if TYPE_CHECKING:
+    import torch
 
 _SEEDS = 2**63
 
@@ -66,6 +70,20 @@ def check_range(section: str, least: float, most: float, **values: float) -> Non
         if not (least <= value <= most and math.isfinite(value)):
             limits = "must be finite and not negative" if most == math.inf else f"must be from {least:g} to {most:g}"
             raise MoleError(f"{section}.{key}: {value:g} {limits}")
+
+
+def check_device(device: "str | torch.device") -> None:
+    """Refuses a device that torch cannot use here.
+
+    Raises:
+        MoleError: naming it.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MoleError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from None
 
 
 def check_at_least(least: int, **options: int) -> None:

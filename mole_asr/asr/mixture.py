@@ -359,8 +359,14 @@ class ExpertMixture(nn.Module):
         return Decision(evidence, heard, context, plan, self.router, families, newest_B, balances)
 
     def add_language(self, x_BTD: Tensor, decision: Decision) -> Tensor:
-        """The stream with the vector of the language, where the config says so."""
-        return x_BTD if self.language_embedding is None else x_BTD + self._language_vectors(decision.context)
+        """The stream with the vector of each utterance's, or frame's, language, where the config says so."""
+        if self.language_embedding is None:
+            return x_BTD
+        context = decision.context
+        assert context.language_logits is not None
+        predicted_U = units_of(context, context.language_logits, "language_logits").argmax(-1)
+        vectors_UD = self.language_embedding(routed_language(predicted_U, context))
+        return x_BTD + (context.rows.unpack(vectors_UD) if context.by_frame else vectors_UD[:, None])
 
     def sounds_familiar(self, evidence: LanguageEvidence, frames: PaddedFrames, newest_B: Tensor | None) -> Tensor:
         """Which utterances sound like what the language tokenizer knows, bool [B].
@@ -379,11 +385,3 @@ class ExpertMixture(nn.Module):
             return familiar_BG[:, -1]
         known = familiar_BG.shape[1]  # to generations behind them, all sounds familiar
         return familiar_BG.gather(1, newest_B[:, None].clamp(max=known - 1))[:, 0] | (newest_B >= known)
-
-    def _language_vectors(self, context: RoutingContext) -> Tensor:
-        """The vector of each utterance's language [B, 1, D], or of each frame's [B, T, D] (zero at padding)."""
-        assert self.language_embedding is not None and context.language_logits is not None
-        predicted_U = units_of(context, context.language_logits, "language_logits").argmax(-1)
-        language_U = routed_language(predicted_U, context)
-        vectors_UD = self.language_embedding(language_U)
-        return context.rows.unpack(vectors_UD) if context.by_frame else vectors_UD[:, None]

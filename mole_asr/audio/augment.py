@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mole_asr.arguments import check_range
 from mole_asr.audio.features import valid_mask
 from mole_asr.audio.read import resample
 from mole_asr.errors import MoleError
@@ -43,14 +44,14 @@ class AugmentConfig:
     max_gain_db: float = 6.0
 
     def __post_init__(self) -> None:
-        for name in ("speed_probability", "noise_probability", "telephone_probability", "gain_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise MoleError(f"{name}: {getattr(self, name)} is no probability; give a number from 0 to 1")
+        chances = {name: value for name, value in vars(self).items() if name.endswith("_probability")}
+        check_range("data.augment", 0, 1, **chances)
         for name in ("snr_db", "gain_db"):
-            if getattr(self, f"min_{name}") > getattr(self, f"max_{name}"):
-                raise MoleError(f"min_{name}: {getattr(self, f'min_{name}')} is above max_{name}; swap the two")
+            least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if least > most:
+                raise MoleError(f"data.augment.min_{name}: {least} is above max_{name}; swap the two")
         if not self.speeds or not all(0.5 <= speed <= 2 for speed in self.speeds):
-            raise MoleError(f"speeds: {list(self.speeds)}; give at least one factor from 0.5 to 2")
+            raise MoleError(f"data.augment.speeds: {list(self.speeds)}; give at least one factor from 0.5 to 2")
 
     @property
     def longest_stretch(self) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mole_asr.arguments import check_at_least
+from mole_asr.arguments import check_at_least, check_device
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 from mole_asr.moe.experts import Activation
@@ -86,9 +86,9 @@ def moe(
         _check(option, values, allowed)
     if output is not None and not output.endswith(".json"):
         raise MoleError(f"{output}: the rows are written as .json; give such a name")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise MoleError("there is no GPU that torch can use here; leave --device out")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    place = torch.device(device)
     left_out = {"reference"} if compile else {"reference", "grouped_mm_compiled"}
     names = list(backends) or [name for name in NAMES if name not in left_out]
     check_at_least(1, repeat=repeat)

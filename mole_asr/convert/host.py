@@ -4,7 +4,6 @@ Letters: B batch, T tokens or frames, N valid ones of a batch, V vocabulary, D m
 """
 
 import copy
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mole_asr.arguments import check_device
+from mole_asr.asr.model_files import read_json
 from mole_asr.errors import MoleError
 from mole_asr.moe.convert.sliced import SlicedLayer, sliced_layers
 from mole_asr.moe.experts import Activation, ExpertWeights, activate
@@ -269,17 +270,9 @@ def open_host(folder: str | Path, device: str | torch.device = "cpu") -> Host:
     Raises:
         MoleError: it holds no model that can be converted, or there is no such device.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise MoleError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from None
+    check_device(device)
     path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise MoleError(f"{path}: no such file; give the folder of a trained model") from None
-    except ValueError as error:
-        raise MoleError(f"{path}: not JSON ({error}); copy the folder anew") from None
+    config = read_json(path, "give the folder of a trained model")
     if not isinstance(config, dict) or not {"format", "model_type"} & set(config):
         raise MoleError(f"{path}: neither a model of ours nor a Hugging Face checkpoint; give the folder of one")
     host = _kind_of(config)(folder)

@@ -28,13 +28,13 @@ from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mole_asr.asr.model_files import read_json
 from mole_asr.convert.host import Counts, DensePart, Host, Prediction
 from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
 from mole_asr.moe.convert.sliced import SliceConfig, SlicedFeedForward, SlicedLayer, describe
 from mole_asr.moe.experts import GATED, Activation, ExpertWeights
-from mole_asr.score.results import read_json
 
 CONFIG, SLICES, WEIGHTS = "config.json", "sliced.json", "sliced.safetensors"
 _WINDOW, _BATCH = 128, 16
@@ -89,7 +89,7 @@ class HuggingFaceHost(Host):
 
     def _load_slices(self) -> None:
         path = self.folder / WEIGHTS
-        described = read_json(self.folder / SLICES, {})
+        described = read_json(self.folder / SLICES)
         try:
             for name, values in described["sliced"].items():
                 self.put(name, SlicedLayer(SliceConfig(**values)))

@@ -20,7 +20,7 @@ from mole_asr.text.checkpoint import load_text_model, save_text_model
 from mole_asr.text.figures import costs, nats
 from mole_asr.text.model import DenseFeedForward, TextModel, TextOutput
 from mole_asr.text.vocabulary import Vocabulary
-from mole_asr.text.windows import IGNORED, TextBatch, pack_windows
+from mole_asr.text.windows import TextBatch, pack_windows
 
 _BATCH = 16
 _MASK_SHARE = 0.15
@@ -128,13 +128,10 @@ class TextHost(Host):
 
     def _asked(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """What the model reads, and what it is to say of it, both [B, T]."""
-        inputs_BT, targets_BT = batch.tokens_BS[:, :-1], batch.targets()
         if self.model.config.causal:
-            return inputs_BT, targets_BT
-        drawn_BT = torch.rand(targets_BT.shape, generator=torch.Generator().manual_seed(int(batch.rows_B[0])))
-        hidden_BT = (drawn_BT < _MASK_SHARE).to(targets_BT.device)
-        inputs_BT = batch.tokens_BS[:, 1:].masked_fill(hidden_BT, self.language_model.vocabulary.mask)
-        return inputs_BT, targets_BT.where(hidden_BT, IGNORED)
+            return batch.tokens_BS[:, :-1], batch.targets()
+        generator = torch.Generator().manual_seed(int(batch.rows_B[0]))
+        return batch.hide(_MASK_SHARE, self.language_model.vocabulary.mask, generator)
 
     def figures(self, sums: dict[str, float]) -> dict[str, float]:
         """Bits a byte over all tokens that were predicted."""

@@ -24,7 +24,7 @@ from mole_asr.text.model import NetworkConfig, TextModel, TextOutput
 from mole_asr.text.policies import ExpertsConfig, routing_losses
 from mole_asr.text.upcycle import upcycle
 from mole_asr.text.vocabulary import load_vocabulary
-from mole_asr.text.windows import IGNORED, TextBatch
+from mole_asr.text.windows import TextBatch
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,7 @@ class TextTask(ResumableTask):
         """
         inputs_BT, targets_BT = batch.tokens_BS[:, :-1], batch.targets()
         if not self.model.config.causal:
-            drawn_BT = torch.rand(targets_BT.shape, generator=generator).to(targets_BT.device)
-            hidden_BT = drawn_BT < self.mask_share
-            inputs_BT = batch.tokens_BS[:, 1:].masked_fill(hidden_BT, self.vocabulary.mask)
-            targets_BT = targets_BT.where(hidden_BT, IGNORED)
+            inputs_BT, targets_BT = batch.hide(self.mask_share, self.vocabulary.mask, generator)
         lengths_B = batch.lengths_B if batch.padded else None
         return self.model(inputs_BT, lengths_B, batch.languages_B), targets_BT
 

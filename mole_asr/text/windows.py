@@ -57,6 +57,21 @@ class TextBatch:
         places_T = torch.arange(targets_BT.shape[1], device=targets_BT.device)
         return targets_BT.where(places_T < self.lengths_B[:, None], IGNORED)
 
+    def hide(self, share: float, mask: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """What an encoder reads, and what it is to say (masked language modelling, Devlin et al., 2019).
+
+        Args:
+            share: of the tokens that are hidden.
+            mask: id that stands for a hidden one.
+            generator: draws them, on the CPU; None for torch's own.
+
+        Returns:
+            int64 [B, T] each: the targets, those that are hidden masked; and the hidden ones, else `IGNORED`.
+        """
+        targets_BT = self.targets()
+        hidden_BT = torch.rand(targets_BT.shape, generator=generator).to(targets_BT.device) < share
+        return self.tokens_BS[:, 1:].masked_fill(hidden_BT, mask), targets_BT.where(hidden_BT, IGNORED)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TextBatch":
         """A copy with every tensor on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -333,7 +333,7 @@ def test_a_part_without_a_known_activation_is_named() -> None:
 
 
 def test_folders_that_cannot_be_converted_are_named(tmp_path: Path, huggingface_folder: Callable[[str], Path]) -> None:
-    with pytest.raises(MoleError, match=r"config\.json: no such file"):
+    with pytest.raises(MoleError, match=r"config\.json: cannot be read"):
         open_host(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(MoleError, match="neither a model of ours nor"):

@@ -90,7 +90,10 @@ def test_a_hugging_face_model_goes_in_and_out(
         (["moefy", "MODEL", "OUT", "--router", "oracle", "--slices", "0"], "--slices 0: must be positive"),
         (["moefy", "MODEL", "OUT", "--router", "oracle", "--share", "1.5"], "--share 1.5: must be above 0"),
         (["moefy", "MODEL", "OUT", "--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
-        (["moefy", "nowhere", "OUT", "--router", "oracle"], "nowhere/config.json: no such file"),
+        (
+            ["moefy", "nowhere", "OUT", "--router", "oracle"],
+            "nowhere/config.json: cannot be read (No such file",
+        ),
         (["moefy", "MODEL", "OUT", "--data", "TEXTS", "--relu-steps", "-1"], "--relu-steps -1: must be at least 0"),
         (["moefy", "MODEL", "OUT", "--data", "TEXTS", "--tune-steps", "-2"], "--tune-steps -2: must be at least 0"),
         (["factor", "MODEL", "OUT", "--data", "TEXTS", "--steps", "-3"], "--steps -3: must be at least 0"),
