@@ -17,6 +17,7 @@ from mole_asr.audio.augment import add_noise
 from mole_asr.audio.read import SAMPLING_RATE_HZ, resample
 from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
 from mole_asr.data_prep.clips import write_wav
+from mole_asr.data_prep.output import PrepareResult, print_skipped
 from mole_asr.errors import MoleError
 
 _SNR_DB = (5.0, 15.0)
@@ -26,7 +27,7 @@ _EDGES_HZ = (100, 200)  # width of the filter's slopes, below and above the band
 _TELEPHONE_RATE_HZ = 8000
 
 
-def prepare(manifest: str | Path, output: str | Path, kind: str = "noise") -> None:
+def prepare(manifest: str | Path, output: str | Path, kind: str = "noise") -> PrepareResult:
     """Writes a degraded copy of a manifest, for tests.
 
     `noise`: babble (three to six other utterances of the manifest at once) and stationary noise (white or pink), in
@@ -38,9 +39,12 @@ def prepare(manifest: str | Path, output: str | Path, kind: str = "noise") -> No
         output: the manifest to write (`cuts_test_noisy.jsonl`); the audio goes into a folder of its name beside it.
         kind: noise or telephone.
 
+    Returns:
+        How many utterances were written, and those that could not be read and were skipped.
+
     Raises:
-        MoleError: an unknown kind, a manifest that cannot be read, or one without two utterances where noise needs
-            others.
+        MoleError: an unknown kind, a manifest that cannot be read, one without any utterance that can, or without two
+            where noise needs others.
     """
     kinds: dict[str, Callable[[Manifest, int, np.random.Generator], np.ndarray]]
     kinds = {"noise": _in_noise, "telephone": _over_telephone}
@@ -56,15 +60,24 @@ def prepare(manifest: str | Path, output: str | Path, kind: str = "noise") -> No
         raise MoleError(f"{manifest}: babble is made of other utterances, and it has {len(source)}; give more")
     paths = _paths(source, output)
     output.unlink(missing_ok=True)  # what an interrupted run leaves must not look whole
-    utterances = []
+    utterances, failures = [], []
     for row, utterance in enumerate(source):
-        audio_S = kinds[kind](source, row, _generator(kind, utterance.id))
+        try:
+            audio_S = kinds[kind](source, row, _generator(kind, utterance.id))
+        except MoleError as error:
+            failures.append(f"{utterance.id}: {error}")
+            continue
         # What would not fit into 16 bits is made softer, not clipped: clipping is no part of the task.
         audio_S = audio_S / max(1.0, float(np.abs(audio_S).max()))
         num_samples = write_wav(audio_S, SAMPLING_RATE_HZ, paths[utterance.id])
         utterances.append(_moved(utterance, paths[utterance.id], num_samples))
+    if not utterances:
+        raise MoleError(f"{manifest}: no readable utterance; {failures[0] if failures else 'it is empty'}")
     write_manifest(utterances, output)
-    print(f"{output}: {len(utterances)} utterances, {source.durations_s.sum() / 3600:.2f} h ({kind})")
+    hours = sum(utterance.duration_s for utterance in utterances) / 3600
+    print(f"{output}: {len(utterances)} utterances, {hours:.2f} h ({kind})")
+    print_skipped(failures)
+    return PrepareResult({kind: len(utterances)}, failures)
 
 
 def _paths(source: Manifest, output: Path) -> dict[str, Path]:
@@ -114,7 +127,10 @@ def _babble(manifest: Manifest, row: int, num_samples: int, rng: np.random.Gener
     count = min(len(others), int(rng.integers(_TALKERS[0], _TALKERS[1] + 1)))
     babble_S = np.zeros(num_samples, np.float32)
     for other in rng.choice(others, count, replace=False):
-        voice_S = manifest[other].read()
+        try:
+            voice_S = manifest[other].read()
+        except MoleError:  # it is reported where it stands
+            continue
         voice_S = np.take(voice_S, rng.integers(len(voice_S)) + np.arange(num_samples), mode="wrap")
         babble_S += voice_S / max(float(voice_S.std()), 1e-5)
     return babble_S / max(float(np.sqrt(np.mean(np.square(babble_S)))), 1e-5)

@@ -11,30 +11,18 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from mole_asr.audio.read import AUDIO_SUFFIXES, probe
 from mole_asr.corpus.languages import check_language, is_known_language
 from mole_asr.corpus.manifest import Utterance
 from mole_asr.corpus.normalize import normalize
-from mole_asr.data_prep.output import SPLITS, print_summary, write_corpus
+from mole_asr.data_prep.output import SPLITS, PrepareResult, print_skipped, print_summary, write_corpus
 from mole_asr.errors import MoleError
+from mole_asr.files import is_unicode
 
 _EXPECTED = "give a folder of audio files with a .txt beside each, or a .tsv, .csv or .jsonl table (path, text, ...)"
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareResult:
-    """What `prepare` did.
-
-    Attributes:
-        utterances: split -> number of utterances.
-        failures: one line for each recording that was skipped: its path and the reason.
-    """
-
-    utterances: dict[str, int]
-    failures: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +75,9 @@ def prepare(
         try:
             found.append((_utterance(item, fold_accents, ids), item.split))
         except MoleError as error:
+            name = str(item.audio_path).encode("utf-8", "backslashreplace").decode()  # it may be no UTF-8
             reason = str(error).removeprefix(f"{item.audio_path}: ")
-            left_out.append((item.language, str(item.audio_path), " ".join(reason.split())))
+            left_out.append((item.language, name, " ".join(reason.split())))
     failures = [f"{path}: {reason}" for _, path, reason in left_out]
     if not found:
         raise MoleError(f"{source}: no usable recording; " + (failures[0] if failures else _EXPECTED))
@@ -99,8 +88,7 @@ def prepare(
         utterances[split].append(utterance)
     write_corpus(output, utterances, left_out)
     print_summary(output)
-    for failure in failures:
-        print(f"skipped: {failure}")
+    print_skipped(failures)
     return PrepareResult({split: len(rows) for split, rows in utterances.items()}, failures)
 
 
@@ -169,9 +157,12 @@ def _table_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _parse_row(line: str, where: str) -> dict[str, str]:
     try:
-        return {key: str(value) for key, value in json.loads(line).items() if value is not None}
-    except (ValueError, AttributeError):
+        row = {key: str(value) for key, value in json.loads(line).items() if value is not None}
+    except (ValueError, AttributeError, RecursionError):
         raise MoleError(f"{where}: is no JSON object") from None
+    if not all(map(is_unicode, row.values())):
+        raise MoleError(f"{where}: holds half a surrogate pair, which no file can")
+    return row
 
 
 def _utterance(item: _Item, fold_accents: bool, ids: Counter[str]) -> Utterance:

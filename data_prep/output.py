@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,19 @@ from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 
 SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareResult:
+    """What `prepare` did.
+
+    Attributes:
+        utterances: split, or kind of a copy -> number of utterances.
+        failures: one line for each recording that was skipped: its path and the reason.
+    """
+
+    utterances: dict[str, int]
+    failures: list[str] = field(default_factory=list)
 
 
 def manifest_path(output: str | Path, split: str) -> Path:
@@ -75,6 +89,12 @@ def audio_since(output: Path, recipe: str) -> float:
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != code:
         write_text(stamp, code)
     return stamp.stat().st_mtime
+
+
+def print_skipped(failures: Iterable[str]) -> None:
+    """Names the recordings that could not be used."""
+    for failure in failures:
+        print(f"skipped: {failure}")
 
 
 def print_left_out(output: Path) -> None:

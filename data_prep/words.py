@@ -25,8 +25,10 @@ def prepare(output: str | Path, *, languages: Sequence[str]) -> str:
         How many words were written.
 
     Raises:
-        MoleError: wordfreq is not installed, has no list of a language, or one is written without spaces.
+        MoleError: no language is named, one is written without spaces or has no list, or wordfreq is not installed.
     """
+    if not languages:
+        raise MoleError("--languages: name at least one, such as --languages en")
     try:
         from wordfreq import available_languages, get_frequency_dict
     except ImportError:

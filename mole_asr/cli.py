@@ -1,5 +1,6 @@
 """The command line: a table from verb to function. Nothing is imported before its verb is called."""
 
+import io
 import json
 import os
 import sys
@@ -30,7 +31,9 @@ VERBS = {
     "prepare prompts": Verb("mole_asr.data_prep.prompts:prepare", "fetch and prepare the five-language prompt corpus"),
     "prepare folder": Verb("mole_asr.data_prep.folder:prepare", "prepare your own recordings", prints=False),
     "prepare voices13": Verb("mole_asr.data_prep.voices13:prepare", "fetch and prepare the thirteen-language corpus"),
-    "prepare degraded": Verb("mole_asr.data_prep.degraded:prepare", "a noisy or telephone-band copy of a test set"),
+    "prepare degraded": Verb(
+        "mole_asr.data_prep.degraded:prepare", "a noisy or telephone-band copy of a test set", prints=False
+    ),
     "prepare synthetic": Verb("mole_asr.data_prep.synthetic:prepare", "train texts read by synthetic voices"),
     "prepare words": Verb("mole_asr.data_prep.words:prepare", "lists of usual words, for a text decoder"),
     "prepare texts": Verb("mole_asr.data_prep.texts:prepare", "fetch and prepare texts in 78 languages"),
@@ -93,7 +96,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 where something failed; 2 where the command line is wrong (of `fit`, which has configs too: 1); 130 after
         Ctrl-C; 141 where nobody reads on.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 must not end a transcription
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = _main(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:  # closed: `mole-asr ... >&-`
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `mole-asr ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        return 141
+    except OSError as error:
+        print(f"mole-asr: {_said(error)}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(words: list[str]) -> int:
+    """`main` without what can happen to the streams."""
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
@@ -135,20 +156,22 @@ def _run(verb: Verb, words: list[str], program: str) -> int:
         result = function(_spell(words, _FIT)) if function_name == "fit" else _call(function, verb, words, program)
         if result is not None and verb.prints:
             print(result)
-        sys.stdout.flush()
     except (MoleError, _WrongWordsError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2 if isinstance(error, _WrongWordsError) else 1
-    except BrokenPipeError:  # `mole-asr ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
-        return 141
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        print(f"{program}: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
+        print(f"{program}: {_said(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     return 1 if getattr(result, "failures", None) else 0
+
+
+def _said(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def _call(function: Any, verb: Verb, words: list[str], program: str) -> Any:

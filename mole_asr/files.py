@@ -1,4 +1,4 @@
-"""Write files so that nothing half-written ever stands under its final name."""
+"""Write files so that nothing half-written ever stands under its final name, and refuse what cannot be written."""
 
 import os
 import stat
@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from mole_asr.errors import MoleError
 
@@ -32,6 +34,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if stat.S_IMODE(temporary.stat().st_mode) == 0o600:  # safetensors' files are for their owner alone
             temporary.chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
+    except SafetensorError as error:  # it makes no OSError of a full disk
+        raise MoleError(f"{path}: cannot be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -73,3 +77,15 @@ def check_output_folder(output: str | Path, model: str | Path) -> None:
         raise MoleError(f"output {output}: is the old model; give another folder")
     if Path(output).exists() and not Path(output).is_dir():
         raise MoleError(f"output {output}: is a file; give a folder")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON, command lines and names of files may hold half a surrogate pair.
+
+    Python makes one of each byte of a name that is not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

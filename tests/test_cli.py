@@ -194,6 +194,9 @@ def test_a_wrong_command_line_gives_status_2(
         ("transcribe a.wav --model model --language english", ["'english'", "de, en"]),
         ("transcribe a.wav --model model --format docx", ["docx", "txt, json"]),
         ("transcribe nowhere.jsonl --model model", ["nowhere.jsonl"]),
+        ("transcribe a.wav --model model --output a.wav --format srt", ["output a.wav: is a file"]),
+        ("transcribe cuts.jsonl --model model --output clash", ["clash/cuts.jsonl: is a folder"]),
+        ("transcribe a.wav --model model --batch-seconds -1", ["--batch-seconds -1: must be positive"]),
         ("transcribe empty --model model", ["empty", "no audio file"]),
         ("score nowhere.jsonl cuts.jsonl", ["nowhere.jsonl"]),
         ("score cuts.jsonl nowhere.jsonl", ["nowhere.jsonl"]),
@@ -201,12 +204,17 @@ def test_a_wrong_command_line_gives_status_2(
         ("score cuts.jsonl cuts.jsonl --against nowhere.jsonl", ["nowhere.jsonl"]),
         ("report cuts.jsonl nowhere.jsonl out", ["nowhere.jsonl"]),
         ("report cuts.jsonl cuts.jsonl out --logs nowhere", ["nowhere"]),
+        ("report cuts.jsonl cuts.jsonl out --logs a.wav", ["a.wav is no table"]),
+        ("score cuts.jsonl cuts.jsonl --seed -1", ["--seed -1: must be from 0"]),
+        ("bench moe --device tpu", ["--device tpu: cannot be used here"]),
+        ("prepare words out --languages", ["--languages: name at least one"]),
     ],
 )
 def test_bad_input_gives_one_line_and_status_1(
     capsys: pytest.CaptureFixture[str], folder: Path, command: str, parts: list[str]
 ) -> None:
     (folder / "empty").mkdir(exist_ok=True)
+    (folder / "clash/cuts.jsonl").mkdir(parents=True, exist_ok=True)
     status, out, err = run(capsys, *command.split())
     assert (status, out) == (1, "")
     assert err.count("\n") == 1 and err.startswith("mole-asr ")
@@ -332,10 +340,28 @@ def test_a_file_that_cannot_be_written_gives_one_line(capsys: pytest.CaptureFixt
     assert err == f"mole-asr score: {tmp_path / 'file'}: File exists\n"
 
 
-def test_a_reader_that_goes_away_ends_the_command_in_silence(folder: Path) -> None:
-    command = f"{sys.executable} -m mole_asr.cli score cuts.jsonl cuts.jsonl | true; echo ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize("words", ["score cuts.jsonl cuts.jsonl", "--help"])
+def test_a_reader_that_goes_away_ends_the_command_in_silence(folder: Path, words: str) -> None:
+    command = f"{sys.executable} -m mole_asr.cli {words} | true; echo ${{PIPESTATUS[0]}}"
     shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=folder)
     assert (shown.stdout, shown.stderr) == ("141\n", "")
+
+
+@pytest.mark.parametrize(
+    ("behind", "status", "end"), [(">&-", 0, ""), (">/dev/full", 1, ": [Errno 28] No space left on device\n")]
+)
+def test_standard_output_may_be_closed_or_full(folder: Path, behind: str, status: int, end: str) -> None:
+    for words in ("score cuts.jsonl cuts.jsonl", "--help"):
+        command = f"{sys.executable} -m mole_asr.cli {words} {behind}"
+        shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=folder)
+        assert shown.returncode == status and shown.stderr.endswith(end) and shown.stderr.count("\n") == len(end[:1])
+
+
+def test_a_terminal_that_is_not_utf8_gets_escapes(folder: Path) -> None:
+    command = [sys.executable, "-c", "from mole_asr import cli; cli._main = lambda words: print('é'); cli.main()"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert (shown.stdout, shown.stderr) == ("\\xe9\n", "")
 
 
 # --- verbs that are tested at length elsewhere, from the outside

@@ -3,7 +3,9 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+from safetensors import SafetensorError
 
+from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
 
 
@@ -34,3 +36,10 @@ def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
         temporary.write_text("new")
         raise ZeroDivisionError
     assert [path.read_text() for path in (tmp_path / "deep").iterdir()] == ["old"]
+
+
+def test_a_full_disk_gives_one_line(tmp_path: Path) -> None:
+    said = pytest.raises(MoleError, match=r"a\.safetensors: cannot be written \(.*No space left")
+    with said, atomic_path(tmp_path / "a.safetensors"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert not any(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import warnings
+import zipfile
 from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import fields
@@ -33,6 +34,7 @@ MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
 AVERAGE_EVERY_STEPS = 5
 CHECKPOINT_EVERY_STEPS = 200
+_SEEDS = 2**32  # numpy takes
 MOST_TEXTS = 100_000  # of a language, whose n-grams are counted
 # Said by libraries at each start, about what is meant to be so.
 _EXPECTED_WARNINGS = (
@@ -197,11 +199,17 @@ class MoleCLI(LightningCLI):
         except ArgumentError as error:
             known = [*self._parser("fit").get_defaults().keys(), *self.inner_keys]
             raise MoleError(explain(str(error), known)) from None
+        seed = self.config[self.config["subcommand"]]["seed_everything"]
+        if seed is not True and not 0 <= int(seed or 0) < _SEEDS:
+            raise MoleError(f"seed_everything: {seed} must be from 0 to {_SEEDS - 1}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs, saves and exports under `output`."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         output = Path(config["output"])
+        last = output / CHECKPOINT_FOLDER / "last.ckpt"
+        if last.exists() and not zipfile.is_zipfile(last):
+            raise MoleError(f"{last}: cannot be read, it is cut off; remove it to train anew")
         average = None
         if not 0 <= config["average_decay"] < 1:
             raise MoleError(f"average_decay: {config['average_decay']:g} must be from 0 to below 1")

@@ -16,6 +16,7 @@ import numpy as np
 import soundfile
 
 from mole_asr.errors import MoleError
+from mole_asr.files import is_unicode
 
 if TYPE_CHECKING:
     from av import AudioFrame
@@ -162,6 +163,8 @@ def _open_soundfile(path: Path, end_s: float | None = None) -> soundfile.SoundFi
         SoundFileError: PyAV has to read the file.
         MoleError: there is no such file, or it cannot be read by anything.
     """
+    if not is_unicode(str(path)):
+        raise MoleError(f"{str(path)!a}: the name of the file is not UTF-8; rename it")
     # The bytes of headerless G.722 can look like an MP3 frame; `.raw` makes soundfile ask for a rate.
     if path.suffix.lower() in (".g722", ".raw"):
         raise soundfile.SoundFileError("no header")
@@ -171,8 +174,6 @@ def _open_soundfile(path: Path, end_s: float | None = None) -> soundfile.SoundFi
         if not path.is_file():
             raise MoleError(f"{path}: no such audio file") from None
         raise
-    except UnicodeEncodeError:
-        raise MoleError(f"{str(path)!a}: the name of the file is not UTF-8; rename it") from None
     # Of an MP3 file of variable bit rate libsndfile guesses the length by its beginning, and reads no further.
     is_guessed = sound.format == "MP3" and (end_s is None or end_s * sound.samplerate > sound.frames)
     if sound.frames > _UNKNOWN_LENGTH or is_guessed:

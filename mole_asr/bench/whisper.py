@@ -175,3 +175,5 @@ def _end(
         f"(real-time factor {result.real_time_factor:.3f}), {len(result.failures)} skipped",
         file=sys.stderr,
     )
+    for name, reason in result.failures:
+        print(f"skipped {name}: {reason}", file=sys.stderr)

@@ -15,7 +15,7 @@ import numpy as np
 
 from mole_asr.audio.read import read_audio
 from mole_asr.errors import MoleError
-from mole_asr.files import atomic_path
+from mole_asr.files import atomic_path, is_unicode
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class Manifest:
     def _parse(self, line: bytes, row: int) -> Utterance:
         try:
             return _from_cut(json.loads(line), self.path.parent)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise MoleError(f"{self.path}: row {row + 1} is no lhotse cut that we can read: {reason}") from None
 
@@ -216,8 +216,14 @@ def _from_cut(cut: dict[str, Any], folder: Path) -> Utterance:
         raise ValueError(f"its start is {start_s} s")
     if int(recording["sampling_rate"]) < 1:
         raise ValueError(f"its sampling rate is {recording['sampling_rate']}")
-    if not isinstance(first.get("language") or "", str):
-        raise ValueError(f"its language is {first['language']!r}")
+    for name, value in (
+        ("id", str(cut["id"])),
+        ("language", first.get("language") or ""),
+        ("speaker", "" if first.get("speaker") is None else first["speaker"]),
+        *(("text", supervision.get("text") or "") for supervision in supervisions),
+    ):
+        if not isinstance(value, str) or not is_unicode(value):
+            raise ValueError(f"its {name} is {value!a}, no text")
     return Utterance(
         id=str(cut["id"]),
         audio_path=folder / sources[0]["source"],
@@ -226,7 +232,7 @@ def _from_cut(cut: dict[str, Any], folder: Path) -> Utterance:
         sampling_rate_hz=int(recording["sampling_rate"]),
         text=" ".join(s["text"] for s in supervisions if s.get("text")),
         language=first.get("language") or "",
-        speaker=first.get("speaker"),
+        speaker=first.get("speaker") or None,
         num_samples=int(recording.get("num_samples", 0)),
         channels=len(channels),
     )

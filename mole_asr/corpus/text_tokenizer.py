@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import sentencepiece
 
-from mole_asr.arguments import check_seed
+from mole_asr.arguments import check_at_least, check_seed
 from mole_asr.corpus.manifest import Manifest
 from mole_asr.corpus.texts import holds_texts, read_texts
 from mole_asr.errors import MoleError
@@ -171,11 +171,14 @@ def extend_tokenizer(
         seed: as in `train_tokenizer`.
 
     Raises:
-        MoleError: no texts, or `extra_pieces` is too small for the new characters of a tokenizer without byte fallback.
+        MoleError: no texts, the output is the old tokenizer, or `extra_pieces` is too small for the new characters of
+            a tokenizer without byte fallback.
     """
     check_seed(seed)
-    if extra_pieces < 0:
-        raise MoleError(f"extra_pieces={extra_pieces}: must not be negative")
+    check_at_least(0, extra_pieces=extra_pieces)
+    old_folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+    if Path(output).resolve() == old_folder.resolve():
+        raise MoleError(f"output {output}: is the folder of the old tokenizer, which models need; give another one")
     protobuf: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # its classes are made at run time
     old = TextTokenizer(tokenizer)
     model = protobuf.ModelProto.FromString(old.model)
@@ -191,7 +194,7 @@ def extend_tokenizer(
     new.sort(key=lambda piece: len(piece.piece) > 1)
     missing = sum(len(piece.piece) == 1 for piece in new)
     if missing > extra_pieces and not model.trainer_spec.byte_fallback:
-        raise MoleError(f"extra_pieces={extra_pieces} is too small: {manifest} has {missing} new characters")
+        raise MoleError(f"--extra-pieces {extra_pieces}: is too small, {manifest} has {missing} new characters")
     lowest = min(piece.score for piece in model.pieces)
     for i, piece in enumerate(new[:extra_pieces]):
         # In a BPE model a score is a rank: new merges come after all old ones. In the others it is a log probability.
@@ -229,6 +232,8 @@ def _rows_by_language(path: str | Path) -> tuple[Callable[[int], str], list[np.n
 
 
 def _sentences(path: str | Path, balance: float, seed: int) -> _Sentences:
+    if not 0 <= balance <= 1:
+        raise MoleError(f"--balance {balance:g}: must be from 0 to 1")
     text_of, rows_by_language = _rows_by_language(path)
     rows_by_language = [rows for rows in rows_by_language if len(rows)]
     if not rows_by_language:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from mole_asr.errors import MoleError
+from mole_asr.files import is_unicode
 
 
 def read_texts(path: str | Path) -> dict[str, list[str]]:
@@ -35,15 +36,6 @@ def read_texts(path: str | Path) -> dict[str, list[str]]:
         if text:
             texts.setdefault(language, []).append(text)
     return dict(sorted(texts.items()))
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON and command lines may hold half a surrogate pair, which no file can."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def holds_texts(path: str | Path) -> bool:

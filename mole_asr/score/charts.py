@@ -122,6 +122,8 @@ def _read_metrics(file: Path, prefixes: tuple[str, ...]) -> Curves:
             table = list(csv.DictReader(stream))
     except OSError as error:
         raise MoleError(f"cannot read {file}: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise MoleError(f"{file} is no table: give a metrics.csv of a training run") from None
     if table and "step" not in table[0]:
         raise MoleError(f"{file} has no column 'step': give a metrics.csv of a training run")
     curves: Curves = {}

@@ -142,6 +142,8 @@ def _parse(path: Path, number: int, line: str) -> dict:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise MoleError(f"{path}, line {number} is not JSON ({error.msg}): write one object a line") from None
+    except RecursionError:
+        raise MoleError(f"{path}, line {number} is nested too deeply: write one object a line") from None
     if not isinstance(value, dict):
         raise MoleError(f"{path}, line {number} is not a JSON object: write one object a line")
     return value

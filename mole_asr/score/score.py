@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mole_asr.arguments import check_seed
 from mole_asr.corpus.languages import check_language
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
@@ -133,6 +134,7 @@ def score(
     """
     if output is not None and Path(output).suffix not in (".json", ".html"):
         raise MoleError(f"output {output}: the name must end in .json or .html")
+    check_seed(seed)
     for code in (*fold_accents, *([] if language is None else [language])):
         check_language(code)
     references = read_sentences(reference)

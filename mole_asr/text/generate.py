@@ -3,8 +3,8 @@
 import torch
 
 from mole_asr.arguments import check_seed
-from mole_asr.corpus.texts import is_unicode
 from mole_asr.errors import MoleError
+from mole_asr.files import is_unicode
 from mole_asr.text.checkpoint import LanguageModel, load_text_model
 from mole_asr.text.model import KeyValueCache
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mole_asr.errors import MoleError
-from mole_asr.files import atomic_path, write_text
+from mole_asr.files import atomic_path, check_output_folder, write_text
 from mole_asr.transcribe.transcript import Transcript
 from mole_asr.transcribe.writers import WRITERS
 
@@ -126,8 +126,12 @@ def transcribe(
     names = _output_names(recordings)
     if folder is not None and "txt" in formats:
         _check_references(recordings, [folder / f"{name}.txt" for name in names.values()])
+    if folder is not None:
+        check_output_folder(folder, model)
     manifest_jobs = _manifest_jobs(manifests, folder or Path())
     weights = _weights(ngram_weight, lm_weight, length_bonus)
+    if not batch_seconds > 0:
+        raise MoleError(f"--batch-seconds {batch_seconds:g}: must be positive")
     if lm is None and (lm_weight is not None or lm_mode != "rescore"):
         raise MoleError("--lm-weight, --lm-mode: of which language model? give --lm FOLDER too")
     transcriber = load(model)
@@ -192,6 +196,8 @@ def _manifest_jobs(manifests: list[Path], folder: Path) -> "list[tuple[Manifest,
     for path, result in jobs:
         if result.resolve() in [other.resolve() for other in manifests]:
             raise MoleError(f"{path}: its transcripts would overwrite a manifest; give another folder with --output")
+        if result.is_dir():
+            raise MoleError(f"{result}: is a folder, but the transcripts of {path} go there; give another --output")
     return [(Manifest(path), result) for path, result in jobs]
 
 
@@ -247,6 +253,8 @@ def _find_inputs(files: list[str]) -> tuple[dict[Path, Path], list[Path], list[t
     manifests: list[Path] = []
     failures = []
     seen: set[Path] = set()
+    if "" in files:
+        raise MoleError("an input is empty text; name audio files, folders or manifests")
     for path in map(Path, files):
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())

@@ -36,6 +36,13 @@ def test_a_training_that_diverges_writes_no_model(command: Callable[..., list[st
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_a_checkpoint_that_was_cut_off_is_named(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run/checkpoints/last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"PK\x03\x04 and no end")
+    assert refused(command()) == f"{checkpoint}: cannot be read, it is cut off; remove it to train anew"
+
+
 def test_sections_that_a_pretrained_model_does_not_read(on_whisper: Callable[..., list[str]]) -> None:
     for changes, section in (
         ({"model__encoder__reliability": "entropy"}, "encoder"),
@@ -64,6 +71,7 @@ def test_utterances_that_whisper_cannot_hold_are_refused_before_the_run(on_whisp
         ({"data__train_manifest": "nowhere.jsonl"}, ["nowhere.jsonl"]),
         ({"data__tokenizer": "nowhere"}, ["nowhere"]),
         ({"model__init_from": "nowhere"}, ["nowhere/config.json"]),
+        ({"seed_everything": -1}, ["seed_everything: -1 must be from 0"]),
         ({"average_decay": 1.0}, ["average_decay: 1 must be from 0 to below 1"]),
         ({"average_decay": ".nan"}, ["average_decay: nan must be"]),
         ({"model__loss_weights__ctc": -1}, ["model.loss_weights.ctc: -1 must be finite and not negative"]),

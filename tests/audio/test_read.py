@@ -243,6 +243,8 @@ def test_names_and_rates_that_no_library_takes(tmp_path: Path) -> None:
     soundfile.write(os.fsencode(tmp_path / name), melody(16000), 16000, format="WAV")
     with pytest.raises(MoleError, match=r"caf\\udce9\.wav': the name of the file is not UTF-8"):
         read_audio(tmp_path / name)
+    with pytest.raises(MoleError, match=r"caf\\udce9\.g722': the name of the file is not UTF-8"):  # PyAV's
+        read_audio(tmp_path / name.replace("wav", "g722"))
     soundfile.write(tmp_path / "slow.wav", melody(16000), 7)
     with pytest.raises(MoleError, match=r"slow\.wav: has a sampling rate of 7 Hz"):
         read_audio(tmp_path / "slow.wav")

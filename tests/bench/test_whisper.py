@@ -105,10 +105,11 @@ def test_an_interrupted_run_goes_on(manifest: Path, peer: Peer) -> None:
     assert [json.loads(line)["id"] for line in lines] == list(TEXTS) and not part.exists()
 
 
-def test_an_unreadable_recording_is_skipped(manifest: Path, peer: Peer) -> None:
+def test_an_unreadable_recording_is_skipped(manifest: Path, peer: Peer, capsys: pytest.CaptureFixture[str]) -> None:
     (manifest.parent / "u1.wav").unlink()
     result = run(manifest)
     assert [name for name, _ in result.failures] == ["u1"] and result.files == 2
+    assert f"skipped u1: {manifest.parent / 'u1.wav'}" in capsys.readouterr().err
 
 
 def test_mistakes_are_explained(manifest: Path, peer: Peer) -> None:

@@ -157,7 +157,11 @@ def _cut(**changes: Any) -> dict[str, Any]:
         (json.dumps(_cut(type="MixedCut")), "MixedCut"),
         (json.dumps(_cut(duration=0)), "its duration is 0.0 s"),
         (json.dumps(_cut(start=float("nan"))), "its start is nan s"),
-        (json.dumps(_cut(supervisions=[{"text": "a", "language": ["en"]}])), r"its language is \['en'\]"),
+        (json.dumps(_cut(supervisions=[{"text": "a", "language": ["en"]}])), r"its language is \['en'\], no text"),
+        (json.dumps(_cut(supervisions=[{"text": "a", "speaker": 0}])), "its speaker is 0, no text"),
+        (json.dumps(_cut(supervisions=[{"text": "a\ud83d"}])), r"its text is 'a\\ud83d', no text"),
+        (json.dumps(_cut(id="\ud83d")), "its id is "),
+        ('{"id":' + "[" * 100_000, "row 1 is no lhotse cut"),
         (
             json.dumps(_cut(recording={"sources": [{"type": "file", "source": "x"}], "sampling_rate": 0})),
             "its sampling rate is 0",

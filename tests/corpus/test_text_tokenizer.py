@@ -140,12 +140,16 @@ def extended_unigram(latin: Path, greek: Path, tmp_path_factory: pytest.TempPath
 def test_extension_limits_are_named(latin: Path, greek: Path, tmp_path: Path) -> None:
     train_tokenizer(latin, tmp_path, 40, byte_fallback=False)
     new_characters = len(set("".join(GREEK)) - {" "})
-    with pytest.raises(MoleError, match=f"too small: .* has {new_characters} new characters"):
+    with pytest.raises(MoleError, match=f"too small, .* has {new_characters} new characters"):
         extend_tokenizer(tmp_path, greek, tmp_path / "new", extra_pieces=5)
-    with pytest.raises(MoleError, match="extra_pieces=-1: must not be negative"):
+    with pytest.raises(MoleError, match="--extra-pieces -1: must be at least 0"):
         extend_tokenizer(tmp_path, greek, tmp_path / "new", extra_pieces=-1)
+    with pytest.raises(MoleError, match="is the folder of the old tokenizer"):
+        extend_tokenizer(tmp_path / "tokenizer.model", greek, tmp_path, extra_pieces=50)
     with pytest.raises(MoleError, match="--seed -1: must be"):
         train_tokenizer(latin, tmp_path, 40, byte_fallback=False, seed=-1)
+    with pytest.raises(MoleError, match="--balance 1e"):
+        train_tokenizer(latin, tmp_path, 40, balance=1e6)
 
 
 def test_fewer_new_pieces_than_asked_for_are_no_error(latin: Path, greek: Path, tmp_path: Path) -> None:

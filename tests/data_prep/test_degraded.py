@@ -119,3 +119,20 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         degraded.prepare(tmp_path / "two.jsonl", tmp_path / "a.jsonl", "telephone")
     with pytest.raises(MoleError, match=r"none\.jsonl"):
         degraded.prepare(tmp_path / "none.jsonl", tmp_path / "a.jsonl", "telephone")
+
+
+@pytest.mark.parametrize("kind", ["noise", "telephone"])
+def test_what_cannot_be_read_is_skipped_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    source = corpus(tmp_path)
+    (tmp_path / "2.flac").write_bytes(b"broken")
+    result = degraded.prepare(source, tmp_path / "copy.jsonl", kind)
+    assert result.utterances == {kind: 5} and len(result.failures) == 1
+    assert f"skipped: u/2: {tmp_path / '2.flac'}" in capsys.readouterr().out
+    assert [utterance.id for utterance in Manifest(tmp_path / "copy.jsonl")] == ["u/0", "u/1", "u/3", "u/4", "u/5"]
+    for number in range(6):
+        (tmp_path / f"{number}.flac").write_bytes(b"broken")
+    with pytest.raises(MoleError, match="no readable utterance; u/0: "):
+        degraded.prepare(source, tmp_path / "copy.jsonl", kind)
+    assert not (tmp_path / "copy.jsonl").exists()

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +69,13 @@ def test_unusable_recordings_are_named_and_skipped(tmp_path: Path, capsys: pytes
     record(source / "latin.wav").with_suffix(".txt").write_bytes(b"caf\xe9")
     (source / "broken.wav").write_bytes(b"RIFF nonsense")
     (source / "broken.txt").write_text("broken")
+    shutil.copy(source / "good.wav", source / os.fsdecode(b"caf\xe9.wav"))
     (source / "README.txt").write_text("no recording")
     result = prepare(source, tmp_path / "out")
     assert sum(result.utterances.values()) == 1
     assert sorted(Path(failure.split(": ")[0]).name for failure in result.failures) == [
         "broken.wav",
+        "caf\\udce9.wav",
         "latin.wav",
         "silent.wav",
         "textless.wav",
@@ -134,6 +138,11 @@ def test_the_same_text_is_never_in_two_splits(tmp_path: Path) -> None:
         ("t.csv", "path,text,language,split\na.wav,x,en,valid\n", "'valid' is no split"),
         ("t.jsonl", "\n\n{", "t.jsonl, row 3: is no JSON object"),
         ("t.jsonl", "[]", "t.jsonl, row 1: is no JSON object"),
+        (
+            "t.jsonl",
+            r'{"path": "a\ud83d.wav", "text": "x", "language": "en"}',
+            "t.jsonl, row 1: holds half a surrogate",
+        ),
         ("t.csv", b"path,text\na.wav,\xe9\n", "t.csv: the table cannot be read"),
         ("t.xlsx", "", "not a table that we read"),
     ],

@@ -3,11 +3,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from mole_asr.corpus.manifest import Utterance
 from mole_asr.decode.ngram import TokenNgram
 from mole_asr.errors import MoleError
 from mole_asr.transcribe.transcriber import Transcriber
@@ -43,7 +43,7 @@ def test_arrays_and_single_inputs(transcriber: Transcriber, tmp_path: Path) -> N
 
 def test_a_manifest_utterance_is_a_part_of_a_file(transcriber: Transcriber, tmp_path: Path) -> None:
     path = write_sound(tmp_path / "a.wav", AB + CD + AB)
-    utterance = SimpleNamespace(id="u1", audio_path=path, start_s=0.16, duration_s=0.16)
+    utterance = Utterance("u1", path, 0.16, 0.16, 16000, "", "")
     (transcript,) = transcriber.transcribe([utterance])
     assert (transcript.id, transcript.text, transcript.duration_s) == ("u1", "cd", pytest.approx(0.16))
 
