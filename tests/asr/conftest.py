@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch import Tensor
 
 from mole_asr.asr.checkpoint import load_model
 from mole_asr.asr.fit import fit
@@ -258,3 +259,9 @@ def refused(words: list[str]) -> str:
 def weights(output: Path) -> dict[str, torch.Tensor]:
     """Of the model that a run has written."""
     return load_model(output / "model")[0].state_dict()
+
+
+def pad_waves(*waves: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Several waveforms as a padded batch, and their lengths."""
+    lengths_B = torch.tensor([len(wave) for wave in waves])
+    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(wave) for wave in waves], batch_first=True), lengths_B

@@ -10,42 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from mole_asr.asr import fit as fit_module
 from mole_asr.asr.fit import fit
 from mole_asr.asr.task import MoleTask
 from mole_asr.corpus.text_tokenizer import train_tokenizer
+from tests.killed import Killed, Watch
 
 from .conftest import AUGMENT, NUM_TONES, refused, weights
 
 EPOCHS = 2  # of `command`
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: no `except Exception` may catch it."""
-
-
-class Watch:
-    """Notes the rows that each training step sees, and can kill the run at the beginning of a step."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rows: list[list[int]] = []
-        self.kill_at: int | None = None
-        step = MoleTask.training_step
-
-        def training_step(task: MoleTask, batch: Any, batch_index: int) -> torch.Tensor:
-            if task.global_step == self.kill_at:
-                raise Killed
-            self.rows.append(batch.rows_B.tolist())
-            return step(task, batch, batch_index)
-
-        monkeypatch.setattr(MoleTask, "training_step", training_step)
-
-
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    monkeypatch.setattr(fit_module, "CHECKPOINT_EVERY_STEPS", 3)
-    monkeypatch.setattr(fit_module, "AVERAGE_EVERY_STEPS", 2)
-    return Watch(monkeypatch)
+    return Watch(monkeypatch, MoleTask)
 
 
 @pytest.mark.parametrize(

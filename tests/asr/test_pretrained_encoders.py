@@ -27,6 +27,8 @@ from mole_asr.asr.w2v_bert import FilterBanks
 from mole_asr.errors import MoleError
 from mole_asr.moe.experts import feed_forward
 
+from .conftest import pad_waves
+
 CONVOLUTIONS = [(8, 10, 5), (12, 3, 2), (12, 3, 2), (8, 2, 2)]
 
 
@@ -34,11 +36,6 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
     samples = np.arange(round(seconds * 16000))
     level = 0.1 + 0.09 * np.sin(samples / 3000)
     return (0.01 + level * np.random.default_rng(seed).standard_normal(len(samples))).astype(np.float32)
-
-
-def batch(*waves: np.ndarray) -> tuple[Tensor, Tensor]:
-    lengths_B = torch.tensor([len(wave) for wave in waves])
-    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(wave) for wave in waves], batch_first=True), lengths_B
 
 
 def randomize(model: Any) -> Any:
@@ -132,7 +129,7 @@ def test_torchaudio_models(norm_first: bool, normalizes: bool) -> None:
     model = torchaudio_model(norm_first)
     if normalizes:
         model = torchaudio.pipelines._wav2vec2.utils._extend_model(model, normalize_waveform=True)
-    audio_BS, lengths_B = batch(noise(1.234))
+    audio_BS, lengths_B = pad_waves(noise(1.234))
     with torch.inference_mode():
         expected_BTD, _ = model(audio_BS)
         found_BTD, frames_B = from_torchaudio(model)(audio_BS, lengths_B)
@@ -143,7 +140,7 @@ def test_torchaudio_models(norm_first: bool, normalizes: bool) -> None:
 def test_a_padded_batch_of_torchaudio() -> None:
     """Where the published model does not look at padding (layer norms), batches must be equal too."""
     model = torchaudio_model(True)
-    audio_BS, lengths_B = batch(noise(0.9), noise(1.5, 1))
+    audio_BS, lengths_B = pad_waves(noise(0.9), noise(1.5, 1))
     with torch.inference_mode():
         expected_BTD, expected_B = model(audio_BS, lengths_B)
         found_BTD, frames_B = from_torchaudio(model)(audio_BS, lengths_B)
@@ -168,14 +165,14 @@ def test_hugging_face_folders(norm_first: bool, kind: str, tmp_path: Path) -> No
         inputs = extractor(wave, sampling_rate=16000, return_tensors="pt").input_values
         base = model.wav2vec2 if kind == "ctc" else model
         expected_BTD = base(inputs).last_hidden_state
-        found_BTD, _ = load_pretrained_encoder(saved(model, tmp_path))(*batch(wave))
+        found_BTD, _ = load_pretrained_encoder(saved(model, tmp_path))(*pad_waves(wave))
     torch.testing.assert_close(found_BTD, expected_BTD, atol=1e-4, rtol=0)
 
 
 def test_torchaudios_import_of_hugging_face_models() -> None:
     model = randomize(Wav2Vec2ForCTC(Wav2Vec2Config(**hugging_face_config(True))))
     imported = torchaudio.models.wav2vec2.utils.import_huggingface_model(model)
-    audio_BS, lengths_B = batch(noise(1.0))
+    audio_BS, lengths_B = pad_waves(noise(1.0))
     with torch.inference_mode():
         expected_BTD = model.wav2vec2(audio_BS).last_hidden_state
         found_BTD, _ = from_torchaudio(imported)(audio_BS, lengths_B)
@@ -184,7 +181,7 @@ def test_torchaudios_import_of_hugging_face_models() -> None:
 
 def test_old_names_of_the_positions_kernel(tmp_path: Path) -> None:
     model = randomize(Wav2Vec2Model(Wav2Vec2Config(**hugging_face_config(True))))
-    expected_BTD, _ = load_pretrained_encoder(saved(model, tmp_path))(*batch(noise(0.5)))
+    expected_BTD, _ = load_pretrained_encoder(saved(model, tmp_path))(*pad_waves(noise(0.5)))
     start = "encoder.pos_conv_embed.conv."
     state = model.state_dict()
     for new, old in (
@@ -194,7 +191,7 @@ def test_old_names_of_the_positions_kernel(tmp_path: Path) -> None:
         state[start + old] = state.pop(start + new)
     (tmp_path / "model.safetensors").unlink()
     torch.save(state, tmp_path / "pytorch_model.bin")
-    found_BTD, _ = load_pretrained_encoder(tmp_path)(*batch(noise(0.5)))
+    found_BTD, _ = load_pretrained_encoder(tmp_path)(*pad_waves(noise(0.5)))
     torch.testing.assert_close(found_BTD, expected_BTD)
 
 
@@ -203,7 +200,7 @@ def test_filter_banks_of_w2v_bert(seconds: float) -> None:
     wave = noise(seconds)
     expected = SeamlessM4TFeatureExtractor()(wave, sampling_rate=16000, return_tensors="pt")
     size = int(expected.attention_mask.sum())
-    features, frames_B = FilterBanks(80)(*batch(wave))
+    features, frames_B = FilterBanks(80)(*pad_waves(wave))
     assert frames_B.tolist() == [size]
     torch.testing.assert_close(features[0, :size], expected.input_features[0, :size], atol=1e-3, rtol=0)
 
@@ -215,7 +212,7 @@ def test_w2v_bert_of_transformers(tmp_path: Path) -> None:
     encoder = load_pretrained_encoder(saved(model, tmp_path))
     with torch.inference_mode():
         expected_BTD = model(**inputs).last_hidden_state
-        found_BTD, frames_B = encoder(*batch(*waves))
+        found_BTD, frames_B = encoder(*pad_waves(*waves))
     assert frames_B.tolist() == inputs.attention_mask.sum(1).tolist()
     for row, size in enumerate(frames_B):
         torch.testing.assert_close(found_BTD[row, :size], expected_BTD[row, :size], atol=1e-4, rtol=0)
@@ -224,9 +221,9 @@ def test_w2v_bert_of_transformers(tmp_path: Path) -> None:
 def test_padding_does_not_change_an_utterance(encoder: Any) -> None:
     waves = [noise(0.77), noise(1.9, 1), noise(1.415, 2)]
     with torch.inference_mode():
-        together_BTD, frames_B = encoder(*batch(*waves))
+        together_BTD, frames_B = encoder(*pad_waves(*waves))
         for row, wave in enumerate(waves):
-            alone_BTD, alone_B = encoder(*batch(wave))
+            alone_BTD, alone_B = encoder(*pad_waves(wave))
             assert frames_B[row] == alone_B
             size = int(alone_B)
             # Sums over a longer padded waveform round otherwise, and norms over 8 channels enlarge that.
@@ -235,13 +232,13 @@ def test_padding_does_not_change_an_utterance(encoder: Any) -> None:
 
 def test_the_shortest_utterances_have_a_frame(encoder: Any) -> None:
     with torch.inference_mode():
-        x_BTD, frames_B = encoder(*batch(noise(0.001), noise(0.2)))
+        x_BTD, frames_B = encoder(*pad_waves(noise(0.001), noise(0.2)))
     assert frames_B[0] == 1
     assert x_BTD.isfinite().all()
 
 
 def test_parts_one_by_one_and_every_weight_learns(encoder: Any) -> None:
-    audio_BS, lengths_B = batch(noise(0.5), noise(0.7, 1))
+    audio_BS, lengths_B = pad_waves(noise(0.5), noise(0.7, 1))
     expected_BTD, _ = encoder(audio_BS, lengths_B)
     x_BTD, frames_B = encoder.stem(audio_BS, lengths_B)
     frames = encoder.frames(frames_B, x_BTD.shape[1])
@@ -265,7 +262,7 @@ def test_experts_that_are_copies_compute_the_same(encoder: Any) -> None:
         def forward(self, x_BTD: Tensor, frames: Any, decision: Any) -> Tensor:
             return feed_forward(self.norm(x_BTD), self.weights, encoder.activation)
 
-    inputs = batch(noise(0.5), noise(0.7, 1))
+    inputs = pad_waves(noise(0.5), noise(0.7, 1))
     with torch.inference_mode():
         expected_BTD, _ = encoder(*inputs)
         for block in encoder.blocks:
@@ -308,7 +305,7 @@ def test_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torchaudio_model(True)
     bundle = torchaudio.pipelines.WAV2VEC2_XLSR_300M
     monkeypatch.setattr(type(bundle), "get_model", lambda self: model)
-    audio_BS, lengths_B = batch(noise(0.5))
+    audio_BS, lengths_B = pad_waves(noise(0.5))
     with torch.inference_mode():
         found_BTD, _ = load_pretrained_encoder("torchaudio:WAV2VEC2_XLSR_300M")(audio_BS, lengths_B)
         torch.testing.assert_close(found_BTD, model(audio_BS)[0], atol=1e-4, rtol=0)

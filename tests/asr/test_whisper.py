@@ -19,6 +19,8 @@ from mole_asr.asr.whisper_checkpoint import load_whisper
 from mole_asr.asr.whisper_decoder import CACHE_BLOCK, WhisperDecoder
 from mole_asr.errors import MoleError
 
+from .conftest import pad_waves
+
 Parts = tuple[WhisperEncoder, WhisperDecoder]
 
 
@@ -38,17 +40,12 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
     return (level * np.random.default_rng(seed).standard_normal(len(samples))).astype(np.float32)
 
 
-def batch(*waves: np.ndarray) -> tuple[Tensor, Tensor]:
-    lengths_B = torch.tensor([len(wave) for wave in waves])
-    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(wave) for wave in waves], batch_first=True), lengths_B
-
-
 @pytest.mark.parametrize("num_mels", [80, 128])
 @pytest.mark.parametrize("seconds", [30.0, 3.21, 0.5 + 1 / 16000, 29.99])
 def test_features_are_whispers(num_mels: int, seconds: float) -> None:
     wave = noise(seconds)
     expected = WhisperFeatureExtractor(num_mels)(wave, sampling_rate=16000, return_tensors="pt").input_features
-    features_BTF, frames_B = WhisperFeatures(num_mels)(*batch(wave))
+    features_BTF, frames_B = WhisperFeatures(num_mels)(*pad_waves(wave))
     assert frames_B.tolist() == [-(-len(wave) // 160)]
     assert features_BTF.shape[1] == min(int(frames_B) + 2, 3000)
     # The frames beyond the end too: what the convolutions see there.
@@ -58,9 +55,9 @@ def test_features_are_whispers(num_mels: int, seconds: float) -> None:
 def test_features_do_not_depend_on_padding() -> None:
     waves = [noise(1.0), noise(2.345, 1), noise(0.1, 2)]
     features = WhisperFeatures()
-    together_BTF, frames_B = features(*batch(*waves))
+    together_BTF, frames_B = features(*pad_waves(*waves))
     for row, wave in enumerate(waves):
-        alone_BTF, _ = features(*batch(wave))
+        alone_BTF, _ = features(*pad_waves(wave))
         size = int(frames_B[row]) + 2
         torch.testing.assert_close(together_BTF[row, :size], alone_BTF[0, :size], atol=1e-6, rtol=0)
 
@@ -72,7 +69,7 @@ def test_digital_silence_has_finite_features() -> None:
 
 def test_encoder_and_decoder_equal_transformers(parts: Parts, whisper_model: WhisperForConditionalGeneration) -> None:
     encoder, decoder = parts
-    features_BTF, frames_B = WhisperFeatures()(*batch(noise(30.0), noise(30.0, 1)))
+    features_BTF, frames_B = WhisperFeatures()(*pad_waves(noise(30.0), noise(30.0, 1)))
     tokens_BU = torch.randint(0, 300, (2, 13), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = whisper_model(input_features=features_BTF.transpose(1, 2), decoder_input_ids=tokens_BU)
@@ -85,7 +82,7 @@ def test_encoder_and_decoder_equal_transformers(parts: Parts, whisper_model: Whi
 
 def test_greedy_text_equals_transformers(parts: Parts, whisper_model: WhisperForConditionalGeneration) -> None:
     encoder, decoder = parts
-    features_BTF, frames_B = WhisperFeatures()(*batch(noise(30.0, 2)))
+    features_BTF, frames_B = WhisperFeatures()(*pad_waves(noise(30.0, 2)))
     ours, theirs = [3, 7, 11], [3, 7, 11]
     with torch.inference_mode():
         memory_BTD, lengths_B = encoder(features_BTF, frames_B)
@@ -109,10 +106,10 @@ def test_padding_does_not_change_an_utterance(parts: Parts, dtype: torch.dtype) 
     # bfloat16 rounds by 4e-3; values are about 1.
     atol = 1e-5 if dtype == torch.float32 else 0.05
     with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        memory_BTD, lengths_B = encoder(*features(*batch(*waves)))
+        memory_BTD, lengths_B = encoder(*features(*pad_waves(*waves)))
         logits_BUV = decoder(tokens_BU, memory_BTD, lengths_B)
         for row, wave in enumerate(waves):
-            alone_BTD, _ = encoder(*features(*batch(wave)))
+            alone_BTD, _ = encoder(*features(*pad_waves(wave)))
             assert alone_BTD.shape[1] == lengths_B[row]
             torch.testing.assert_close(memory_BTD[row, : lengths_B[row]], alone_BTD[0], atol=atol, rtol=0)
             alone_BUV = decoder(tokens_BU[row : row + 1], alone_BTD, lengths_B[row : row + 1])
@@ -124,7 +121,7 @@ def test_true_length_hears_what_whisper_hears_before_attention(
 ) -> None:
     wave = noise(2.345)
     with torch.inference_mode():
-        x_BTD, lengths_B = parts[0].stem(*WhisperFeatures()(*batch(wave)))
+        x_BTD, lengths_B = parts[0].stem(*WhisperFeatures()(*pad_waves(wave)))
         mel = WhisperFeatureExtractor()(wave, sampling_rate=16000, return_tensors="pt").input_features
         encoder = whisper_model.model.encoder
         expected = torch.nn.functional.gelu(encoder.conv2(torch.nn.functional.gelu(encoder.conv1(mel))))
@@ -137,7 +134,7 @@ def test_decoding_with_a_cache_equals_recomputation(parts: Parts, steps: int) ->
     encoder, decoder = parts
     tokens_BU = torch.randint(0, 300, (3, 4 + steps), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        memory_BTD, lengths_B = encoder(*WhisperFeatures()(*batch(noise(0.5), noise(1.1, 1), noise(0.8, 2))))
+        memory_BTD, lengths_B = encoder(*WhisperFeatures()(*pad_waves(noise(0.5), noise(1.1, 1), noise(0.8, 2))))
         expected_BUV = decoder(tokens_BU, memory_BTD, lengths_B)
         cache = decoder.cross_cache(memory_BTD, lengths_B)
         rows = torch.arange(3)
@@ -154,7 +151,7 @@ def test_decoding_with_a_cache_equals_recomputation(parts: Parts, steps: int) ->
 
 def test_every_weight_learns(parts: Parts) -> None:
     encoder, decoder = parts
-    memory_BTD, lengths_B = encoder(*WhisperFeatures()(*batch(noise(0.5), noise(0.7, 1))))
+    memory_BTD, lengths_B = encoder(*WhisperFeatures()(*pad_waves(noise(0.5), noise(0.7, 1))))
     logits_BUV = decoder(torch.tensor([[3, 7, 5], [3, 9, 4]]), memory_BTD, lengths_B)
     logits_BUV.log_softmax(-1)[..., 5].sum().backward()
     for name, parameter in [*encoder.named_parameters(), *decoder.named_parameters()]:
@@ -190,7 +187,7 @@ def test_utterances_and_texts_beyond_the_positions_are_refused(parts: Parts) -> 
 
 
 def test_waveforms_may_have_room_behind_the_longest_utterance(parts: Parts) -> None:
-    audio_BS, lengths_B = batch(noise(0.6))
+    audio_BS, lengths_B = pad_waves(noise(0.6))
     with torch.inference_mode():
         expected_BTD, _ = parts[0](*WhisperFeatures()(audio_BS, lengths_B))
         padded_BS = torch.nn.functional.pad(audio_BS, (0, 5000))

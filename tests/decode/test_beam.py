@@ -10,14 +10,11 @@ from hypothesis import strategies as st
 from mole_asr.decode.beam import Hypothesis, Weights, beam_search
 from mole_asr.decode.ngram import TokenNgram
 
+from .conftest import random_log_probs
+
 
 def best(log_probs_TV: np.ndarray, ngram: TokenNgram | None = None, **options: Any) -> tuple[int, ...]:
     return beam_search([log_probs_TV], [ngram], **options)[0][0].ids
-
-
-def random_log_probs(frames: int, vocab: int, seed: int) -> np.ndarray:
-    logits = np.random.default_rng(seed).normal(size=(frames, vocab)) * 2
-    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
 
 def every_text(log_probs_TV: np.ndarray) -> dict[tuple[int, ...], float]:

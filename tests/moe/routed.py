@@ -24,6 +24,7 @@ from mole_asr.moe import (
     TopKRouter,
 )
 from mole_asr.moe import losses as loss_functions
+from mole_asr.moe.experts import GATED, ExpertWeights
 
 D = 6
 LENGTHS = [3, 0, 6, 1, 4]
@@ -145,3 +146,15 @@ REACHES = {
     "oracle": (False, False),
     "pseudo_label": (False, False),
 }
+
+
+def dense_ffn(activation: str = "relu", d_model: int = 6, d_ff: int = 24, bias: bool = True) -> ExpertWeights:
+    """A dense FFN in float64."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    up = 2 * d_ff if activation in GATED else d_ff
+    return ExpertWeights(
+        draw(up, d_model), draw(up) if bias else None, draw(d_model, d_ff), draw(d_model) if bias else None
+    )

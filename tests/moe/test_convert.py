@@ -17,21 +17,13 @@ from mole_asr.moe import (
     TopKRouter,
 )
 from mole_asr.moe.convert import contiguous_groups, slice_dense, upcycle_dense
-from mole_asr.moe.experts import GATED, ExpertWeights, feed_forward
+from mole_asr.moe.experts import feed_forward
 from mole_asr.moe.pseudo_labels import activation_mass
 from mole_asr.moe.routers import expert_centroids
+from tests.moe.routed import dense_ffn
 
 ACTIVATIONS = ["relu", "silu", "gelu", "swiglu", "reglu", "geglu"]
 LENGTHS = torch.tensor([5, 0, 7])
-
-
-def dense_ffn(activation: str, d_model: int = 6, d_ff: int = 24, bias: bool = True) -> ExpertWeights:
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64)
-
-    up = 2 * d_ff if activation in GATED else d_ff
-    biases = (draw(up), draw(d_model)) if bias else (None, None)
-    return ExpertWeights(draw(up, d_model), biases[0], draw(d_model, d_ff), biases[1])
 
 
 def run(layer: MoELayer, x_ND: Tensor, backend: str = "auto") -> Tensor:

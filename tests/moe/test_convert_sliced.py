@@ -12,23 +12,14 @@ from mole_asr.moe.convert import SliceConfig, SlicedFeedForward, SlicedLayer, ma
 from mole_asr.moe.convert.fitting import fit_mlp_router, mass_kept
 from mole_asr.moe.convert.sliced import describe, rebuild, sliced_layers
 from mole_asr.moe.convert.splits import balanced_assignment, balanced_partition, coactivation_graph
-from mole_asr.moe.experts import GATED, ExpertWeights, activate, feed_forward
+from mole_asr.moe.experts import ExpertWeights, activate, feed_forward
 from mole_asr.moe.losses import activation_loss
 from mole_asr.moe.pseudo_labels import activation_mass, prior_approximate_labels
 from mole_asr.moe.routers import expert_centroids
+from tests.moe.routed import dense_ffn
 
 SPLITS = ["contiguous", "random", "clusters", "coactivation"]
 KINDS = ["centroid", "mlp", "oracle", "linear", "prior_oracle"]
-
-
-def dense_ffn(activation: str = "relu", d_model: int = 6, d_ff: int = 24, bias: bool = True) -> ExpertWeights:
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64)
-
-    up = 2 * d_ff if activation in GATED else d_ff
-    return ExpertWeights(
-        draw(up, d_model), draw(up) if bias else None, draw(d_model, d_ff), draw(d_model) if bias else None
-    )
 
 
 @pytest.fixture(autouse=True)

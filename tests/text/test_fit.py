@@ -24,6 +24,7 @@ from mole_asr.text.model import NetworkConfig
 from mole_asr.text.policies import ExpertsConfig
 from mole_asr.text.task import TextTask
 from mole_asr.text.windows import IGNORED, pack_windows
+from tests.killed import Killed, Watch
 
 from .conftest import NETWORK, POLICIES
 
@@ -60,32 +61,9 @@ def command(texts_file: Path, tmp_path: Path) -> Command:
     return words
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: no `except Exception` may catch it."""
-
-
-class Watch:
-    """Notes the windows and the loss of each training step, and can kill the run at the beginning of a step."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rows: list[list[int]] = []
-        self.kill_at: int | None = None
-        step = TextTask.training_step
-
-        def training_step(task: TextTask, batch: Any, batch_index: int) -> torch.Tensor:
-            if task.global_step == self.kill_at:
-                raise Killed
-            self.rows.append(batch.rows_B.tolist())
-            return step(task, batch, batch_index)
-
-        monkeypatch.setattr(TextTask, "training_step", training_step)
-
-
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    monkeypatch.setattr(shared, "CHECKPOINT_EVERY_STEPS", 3)
-    monkeypatch.setattr(shared, "AVERAGE_EVERY_STEPS", 2)
-    return Watch(monkeypatch)
+    return Watch(monkeypatch, TextTask)
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
