@@ -20,6 +20,16 @@ def mean_and_spread(values: Sequence[float | None], digits: int = 1) -> str:
     return f"{mean(known):.{digits}f}" + (f" ± {stdev(known):.{digits}f}" if len(known) > 1 else "")
 
 
+def number(value: float | None, digits: int = 1) -> str:
+    """A value; `ABSENT` where there is none."""
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    """A share, in percent; `ABSENT` where there is none."""
+    return ABSENT if share is None else f"{100 * share:.1f} %"
+
+
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table; all columns but the first are aligned to the right."""
     rule = ["---", *["--:"] * (len(header) - 1)]

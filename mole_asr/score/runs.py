@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,11 @@ def code_version(root: Path) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def origin(root: Path) -> dict[str, str]:
+    """What a row of results says of where it comes from: the commit of the code, see `code_version`, and the day."""
+    return {"commit": code_version(root), "date": date.today().isoformat()}
 
 
 def need_texts(folder: Path, source: str | None) -> None:

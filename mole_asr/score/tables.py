@@ -4,7 +4,7 @@ from unicodedata import east_asian_width
 
 from mole_asr.score.bootstrap import Difference
 from mole_asr.score.groups import GroupScore, Interval
-from mole_asr.score.markdown import ABSENT
+from mole_asr.score.markdown import ABSENT, number
 from mole_asr.score.score import Comparison, ScoreReport
 
 NAMED_AT_MOST = 5
@@ -67,26 +67,22 @@ def text_table(report: ScoreReport) -> str:
 
 
 def _row(name: str, group: GroupScore) -> dict[str, str]:
-    right, wrong = (_number(value, 2) for value in (group.reliability_right, group.reliability_wrong))
+    right, wrong = (number(value, 2) for value in (group.reliability_right, group.reliability_wrong))
     return {
         "": name,
         "utterances": str(group.utterances),
-        "hours": _number(group.hours, 2),
+        "hours": number(group.hours, 2),
         "WER % [95 % interval]": _rate(group.wer, group.wer_interval),
         "CER % [95 % interval]": _rate(group.cer, group.cer_interval),
-        "language ID %": _number(group.language_id_accuracy, 1),
+        "language ID %": number(group.language_id_accuracy, 1),
         "reliability right": right,
         "reliability wrong": wrong,
     }
 
 
-def _number(value: float | None, digits: int) -> str:
-    return ABSENT if value is None else f"{value:.{digits}f}"
-
-
 def _rate(value: float | None, low_high: Interval) -> str:
     if value is None or low_high is None:
-        return _number(value, 1)
+        return number(value, 1)
     return f"{value:.1f} [{low_high[0]:.1f}, {low_high[1]:.1f}]"
 
 

@@ -7,7 +7,6 @@ what is done stays done.
 
 import argparse
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from mole_asr.convert.sweep import Bench, at_hand, check_settings
 from mole_asr.errors import MoleError
 from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import add_jobs, code_version, need_texts, recipe_parser, run_recipe, train
+from mole_asr.score.runs import add_jobs, need_texts, origin, recipe_parser, run_recipe, train
 
 KEY = ("model", "split", "slices", "router", "active")
 DENSE = {"split": "dense", "slices": 1, "router": "dense", "active": 1}
@@ -78,7 +77,7 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
     batches = host.read(data["train"], settings["rows"], seed)
     tests = host.read(data["test"], settings["test_rows"], seed)
     bench = Bench(host, host.record(batches, CUT_ROWS), tests, ROUNDS)
-    facts = {"model": model.name, **settings, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
+    facts = {"model": model.name, **settings, **origin(HERE.parents[1])}
     if not results.select(model=model.name, **DENSE):
         results.add([facts | DENSE | bench.dense_facts()])
     for way in lacking(model, results):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from plan import MODELS, WAYS
 
-from mole_asr.score.markdown import ABSENT, markdown_pictures, markdown_table, write_between_marks
+from mole_asr.score.markdown import ABSENT, markdown_pictures, markdown_table, percent, write_between_marks
 from mole_asr.score.results import ResultFile, Row
 
 PICTURES = {"quality.svg": "quality kept by each split and router"}
@@ -29,10 +29,6 @@ def kept(results: ResultFile, row: Row, column: str = "score") -> float | None:
     return row[column] / reference["score"] if reference and reference["score"] else None
 
 
-def _percent(value: float | None) -> str:
-    return ABSENT if value is None else f"{100 * value:.1f} %"
-
-
 def _figure(row: Row) -> str:
     return f"{row['cer']:.1f}" if "cer" in row else f"{row['bits_per_byte']:.3f}"
 
@@ -49,6 +45,6 @@ def _table(results: ResultFile, model: str) -> str:
         columns = {"split": way.split, "slices": way.slices, "router": way.learning, "active": way.active}
         for row in results.select(model=model, **columns):
             cells = [way.title, way.split, way.learning.replace("_", " "), f"{100 * row['share']:g} %", _figure(row)]
-            cells += [_percent(kept(results, row)), _percent(kept(results, row, "score_untrained"))]
+            cells += [percent(kept(results, row)), percent(kept(results, row, "score_untrained"))]
             lines.append([*cells, f"{row['speed_up']:.2f} x", f"{row['model_speed_up']:.2f} x"])
     return markdown_table(header, lines)

@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from itertools import chain
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from mole_asr.data_prep.prompts import UNACCENTED
 from mole_asr.errors import MoleError
 from mole_asr.score.figures import language_rows
 from mole_asr.score.results import ResultFile, Row
-from mole_asr.score.runs import code_version, recipe_parser, run_recipe, train, transcribe_told
+from mole_asr.score.runs import origin, recipe_parser, run_recipe, train, transcribe_told
 from mole_asr.score.score import score
 from mole_asr.transcribe.command import transcribe
 
@@ -188,7 +187,7 @@ def measure(growth: Growth, stage: str, told: bool, results: ResultFile) -> None
     facts = {"new": growth.new, "seed": growth.seed, "stage": stage, "told": told, "shares": None}
     facts |= {"shares": growth.relative} if stage == "shared" else {}
     facts |= {"total_parameters": count_parameters(load_model(model)[0]).total}
-    facts |= {"commit": code_version(HERE.parents[1]), "date": str(date.today())}
+    facts |= origin(HERE.parents[1])
     results.add([facts | row | untold | counts.get(row["language"], {}) for row in rows])
     print(f"{growth.new}, {stage}, {'told' if told else 'untold'}: CER {rows[-1]['cer']:.1f} %", flush=True)
 

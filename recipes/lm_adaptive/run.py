@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
 from mole_asr.score.runs import (
     add_jobs,
-    code_version,
     need_texts,
+    origin,
     read_test_texts,
     recipe_parser,
     run_recipe,
@@ -77,8 +76,8 @@ def trained(names: Sequence[str], seed: int, options: argparse.Namespace) -> dic
 
 def add_rows(rows: Sequence[dict[str, Any]], results: ResultFile) -> None:
     """Writes rows at once, with their origin."""
-    origin = {"commit": code_version(HERE.parents[1]), "date": date.today().isoformat()}
-    results.add([row | origin for row in rows])
+    facts = origin(HERE.parents[1])
+    results.add([row | facts for row in rows])
 
 
 def measure(system: System, seed: int, options: argparse.Namespace, results: ResultFile) -> None:
@@ -138,8 +137,7 @@ def measure_speed(names: list[str], options: argparse.Namespace, results: Result
         for name, median in time_in_turns(jobs, ROUNDS).items():
             seconds[name][f"{kind}_ms"] = round(1000 * median, 2)
     facts = {"seed": seed, "kind": "speed", "tokens": int(batch.lengths_B.sum()), "threads": torch.get_num_threads()}
-    facts |= {"commit": code_version(HERE.parents[1]), "date": date.today().isoformat()}
-    results.add([{"system": name, **facts, **each} for name, each in seconds.items()])
+    add_rows([{"system": name, **facts, **each} for name, each in seconds.items()], results)
 
 
 def measure_all(options: argparse.Namespace, results: ResultFile) -> None:

@@ -7,7 +7,6 @@ command again after an interruption, or a day later: what is done stays done.
 import argparse
 import sys
 from collections.abc import Sequence
-from datetime import date
 from statistics import mean
 from typing import Any
 
@@ -17,8 +16,8 @@ from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
 from mole_asr.score.runs import (
     add_jobs,
-    code_version,
     need_texts,
+    origin,
     read_test_texts,
     recipe_parser,
     run_recipe,
@@ -80,7 +79,7 @@ def measure(
     row |= {"own_expert": own_expert(model, found)}
     if system is not None:
         row["start_shift"] = start_shift(load_text_model(start), system, condition, chosen)
-    results.add([row | {"commit": code_version(HERE.parents[1]), "date": date.today().isoformat()}])
+    results.add([row | origin(HERE.parents[1])])
     print(f"bits a byte: {row['bits_per_byte']:.4f}", flush=True)
 
 

@@ -10,6 +10,7 @@ from mole_asr.score.markdown import (
     markdown_pictures,
     markdown_table,
     mean_and_spread,
+    number,
     write_between_marks,
 )
 from mole_asr.score.results import ResultFile, Row
@@ -70,17 +71,13 @@ def _layers(runs: dict[str, list[Row]]) -> str:
     for name, rows in chosen.items():
         for key, title in (("language_entropy", "entropy within a language"), ("purity", "purity")):
             found = {each["layer"]: mean(row["layers"][n][key] for row in rows) for n, each in _numbered(rows[0])}
-            lines.append([f"{SYSTEMS[name].title}: {title}", *(_cell(found.get(place)) for place in places)])
+            lines.append([f"{SYSTEMS[name].title}: {title}", *(number(found.get(place), 2) for place in places)])
         if rows[0]["own_expert"]:
             own = {each["layer"]: mean(row["own_expert"][n] for row in rows) for n, each in _numbered(rows[0])}
             title = f"{SYSTEMS[name].title}: own expert among the two"
-            lines.append([title, *(_cell(own.get(place)) for place in places)])
+            lines.append([title, *(number(own.get(place), 2) for place in places)])
     return markdown_table(["untold", *(f"layer {place}" for place in places)], lines) if lines else ""
 
 
 def _numbered(row: Row) -> list[tuple[int, Row]]:
     return list(enumerate(row["layers"]))
-
-
-def _cell(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.2f}"

@@ -7,7 +7,6 @@ done.
 
 import argparse
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from mole_asr.errors import MoleError
 from mole_asr.moe.convert.splits import Split
 from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import add_jobs, code_version, need_texts, recipe_parser, run_recipe, train
+from mole_asr.score.runs import add_jobs, need_texts, origin, recipe_parser, run_recipe, train
 
 KEY = ("model", "split", "slices", "router", "active", "tuned")
 DENSE = {"split": "dense", "slices": 1, "router": "dense", "active": 1, "tuned": 0}
@@ -125,7 +124,7 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
     rows = host.record(host.read(data_of(model, "train", options), settings["cut_rows"], seed))
     tests = host.read(data_of(model, "test", options), settings["test_rows"], seed)
     bench = Bench(host, rows, tests, ROUNDS)
-    facts = {"model": model.name, **settings, "commit": code_version(HERE.parents[1]), "date": str(date.today())}
+    facts = {"model": model.name, **settings, **origin(HERE.parents[1])}
     if not _has(results, model, "dense", 1, tuned=0):
         results.add([facts | DENSE | bench.dense_facts() | {"silent_share": round(bench.silent_share(), 4)}])
     for split, slices in plain:

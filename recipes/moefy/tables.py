@@ -4,7 +4,7 @@ from pathlib import Path
 
 from plan import MODELS, ROUTERS
 
-from mole_asr.score.markdown import ABSENT, markdown_pictures, markdown_table, write_between_marks
+from mole_asr.score.markdown import ABSENT, markdown_pictures, markdown_table, percent, write_between_marks
 from mole_asr.score.results import ResultFile, Row
 
 PICTURES = {
@@ -34,10 +34,6 @@ def kept(results: ResultFile, row: Row) -> float | None:
     return row["score"] / reference["score"] if reference and reference["score"] else None
 
 
-def _percent(value: float | None) -> str:
-    return ABSENT if value is None else f"{100 * value:.1f} %"
-
-
 def _figure(row: Row) -> str:
     return next((f"{row[name]:.{digits}f}" for name, digits in FIGURES.items() if name in row), ABSENT)
 
@@ -47,8 +43,8 @@ def _dense(results: ResultFile) -> str:
     lines = []
     for name, model in MODELS.items():
         if row := dense_row(results, name):
-            cells = [model.title, _percent(row["score"]), _figure(row), _percent(kept(results, row))]
-            lines.append([*cells, _percent(row["silent_share"])])
+            cells = [model.title, percent(row["score"]), _figure(row), percent(kept(results, row))]
+            lines.append([*cells, percent(row["silent_share"])])
     return markdown_table(header, lines) if lines else ""
 
 
@@ -64,7 +60,7 @@ def _reach(results: ResultFile) -> str:
                     if rows:
                         best = max(rows, key=lambda row: row["score"])
                         chosen_by = f"{router}, tuned {best['tuned']} steps" if best["tuned"] else router
-                        cells = [model.title, str(slices), chosen_by, best["split"], _percent(kept(results, best))]
+                        cells = [model.title, str(slices), chosen_by, best["split"], percent(kept(results, best))]
                         lines.append([*cells, f"{best['speed_up']:.2f} x", f"{best['model_speed_up']:.2f} x"])
     return markdown_table(header, lines) if lines else ""
 
@@ -83,7 +79,7 @@ def _sweep(results: ResultFile, model: str, slices: int) -> str:
             for share in shares:
                 found = results.select(model=model, slices=slices, split=split, router=router, share=share, tuned=0)
                 cells.append(
-                    f"{_percent(kept(results, found[0]))} ({_figure(found[0])}), {found[0]['speed_up']:.2f} x"
+                    f"{percent(kept(results, found[0]))} ({_figure(found[0])}), {found[0]['speed_up']:.2f} x"
                     if found
                     else ABSENT
                 )

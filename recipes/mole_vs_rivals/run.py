@@ -8,7 +8,6 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
-from datetime import date
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from mole_asr.corpus.text_tokenizer import train_tokenizer
 from mole_asr.errors import MoleError
 from mole_asr.score.jobs import do_all
 from mole_asr.score.results import Row
-from mole_asr.score.runs import add_jobs, code_version, train
+from mole_asr.score.runs import add_jobs, origin, train
 
 ROOT = HERE.parents[1]
 DEGRADED = {"noisy": "noise", "telephone": "telephone"}  # copies of the test set
@@ -197,8 +196,7 @@ def _facts(setting: Setting, test_set: str, heard: Heard, train_seconds: float, 
         "train_seconds": round(train_seconds, 1),
         "real_time_factor": round(heard.seconds / max(heard.audio_s, 1e-9), 5),
         "epochs": setting.configured_epochs(),
-        "commit": code_version(ROOT),
-        "date": date.today().isoformat(),
+        **origin(ROOT),
     }
 
 

@@ -25,7 +25,7 @@ from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 from mole_asr.score.figures import language_rows
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import code_version, train, transcribe_told
+from mole_asr.score.runs import origin, train, transcribe_told
 from mole_asr.score.score import score
 from mole_asr.transcribe.command import TranscribeResult, transcribe
 
@@ -214,7 +214,7 @@ def measure(system: str, test_set: str, places: Places, results: ResultFile) -> 
     hypothesis = output / "scored" / test.name
     write_text(hypothesis, "".join(f"{lines[each.id]}\n" for each in Manifest(test) if each.id in lines))
     report = score(test, hypothesis, fold_accents=UNACCENTED)
-    facts = {"system": system, "test_set": test_set, "commit": code_version(ROOT), "date": date.today().isoformat()}
+    facts = {"system": system, "test_set": test_set, **origin(ROOT)}
     trained_on = places.runs / system.partition("-")[0] / "train.jsonl"
     hours = {} if system in PEERS else {code: round(each, 3) for code, each in hours_of(trained_on).items()}
     # Who was told the language has identified none.

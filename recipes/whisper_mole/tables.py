@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from mole_asr.score.charts import save_figure
-from mole_asr.score.markdown import markdown_pictures, markdown_table, write_between_marks
+from mole_asr.score.markdown import markdown_pictures, markdown_table, number, write_between_marks
 from mole_asr.score.results import ResultFile, Row, macro
 
 REFERENCE = "whisper-int8-given"
@@ -44,10 +44,6 @@ def rows_of(results: ResultFile, system: str, test_set: str) -> dict[str, Row]:
     return {row["language"]: row for row in results.rows if (row["system"], row["test_set"]) == (system, test_set)}
 
 
-def _number(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def main_table(results: ResultFile) -> str:
     """A row a system: macro error rates a test set, and their ratio to those of Whisper that is told the language."""
     sets = list(dict.fromkeys(row["test_set"] for row in results.rows if row["test_set"] != "speed"))
@@ -60,10 +56,10 @@ def main_table(results: ResultFile) -> str:
             rows, reference = rows_of(results, system, name), macro(rows_of(results, REFERENCE, name), "wer")
             wer = macro(rows, "wer")
             ratio = f" ({wer / reference:.2f})" if wer is not None and reference else ""
-            right = _number(macro(rows, "language_id_accuracy"))
-            cells.append(f"{_number(wer)} / {_number(macro(rows, 'cer'))}{ratio}, {right}" if rows else "–")
+            right = number(macro(rows, "language_id_accuracy"))
+            cells.append(f"{number(wer)} / {number(macro(rows, 'cer'))}{ratio}, {right}" if rows else "–")
         speed = rows_of(results, system, "speed").get("all")
-        cells.append(_number(speed and speed["real_time_factor"], 4))
+        cells.append(number(speed and speed["real_time_factor"], 4))
         faster = speed and peer_speed and peer_speed["real_time_factor"] / speed["real_time_factor"]
         cells.append(f"{faster:.1f} x" if faster else "–")
         if cells[1:].count("–") < len(cells) - 1:
@@ -75,7 +71,7 @@ def language_table(results: ResultFile) -> str:
     """WER a language on the test split of voices13."""
     codes = sorted({row["language"] for row in results.rows if row["test_set"] == "voices13"} - {"all"})
     lines = [
-        [title, *(_number(rows[code]["wer"]) for code in codes)]
+        [title, *(number(rows[code]["wer"]) for code in codes)]
         for system, title in TITLES.items()
         if (rows := rows_of(results, system, "voices13"))
     ]
