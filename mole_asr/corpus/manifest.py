@@ -230,7 +230,7 @@ def _from_cut(cut: dict[str, Any], folder: Path) -> Utterance:
         start_s=start_s,
         duration_s=duration_s,
         sampling_rate_hz=int(recording["sampling_rate"]),
-        text=" ".join(s["text"] for s in supervisions if s.get("text")),
+        text=" ".join(text for s in supervisions if (text := (s.get("text") or "").strip())),
         language=first.get("language") or "",
         speaker=first.get("speaker") or None,
         num_samples=int(recording.get("num_samples", 0)),

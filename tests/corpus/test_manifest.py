@@ -142,6 +142,13 @@ def test_we_read_what_lhotse_writes(tmp_path: Path, recording: Path) -> None:
     assert Manifest(tmp_path / "whole.jsonl")[0].audio_path == recording
 
 
+def test_a_text_of_blanks_is_none(tmp_path: Path) -> None:
+    texts = [{"text": " "}, {"text": None}, {"text": "a b "}, {"start": 0.5, "text": "\u00a0c"}]
+    lines = [json.dumps(_cut(supervisions=texts)), json.dumps(_cut(id="y", supervisions=texts[:2]))]
+    (tmp_path / "cuts.jsonl").write_text("\n".join(lines))
+    assert [utterance.text for utterance in Manifest(tmp_path / "cuts.jsonl")] == ["a b c", ""]
+
+
 def _cut(**changes: Any) -> dict[str, Any]:
     sources = [{"type": "file", "channels": [0], "source": "/a.wav"}]
     return {"id": "x", "duration": 1.0, "recording": {"sources": sources, "sampling_rate": 16000}} | changes
