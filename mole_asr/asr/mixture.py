@@ -59,7 +59,8 @@ class MixtureConfig:
         routing_unit: "utterance" or "frame" (for code-switching): what the language is decided for.
         reliability: definition of r: "max_posterior", "entropy", "sigmoid" or "gumbel"; "one" and "zero" are ablations.
         temperature: of the language posterior.
-        routing: by which language in training: "predicted", "true" or "scheduled", from the true to the predicted one.
+        routing: by which language in training: "predicted", "true" or "scheduled", from the true to the predicted one;
+            "forced" has the true one always.
         language_probe: the language tokenizer only listens: its losses do not shape the encoder.
         language_embedding: adds a learned vector of the language to the stream, behind the language tokenizer: the true
             language with routing "true" (an oracle), and where none is given the predicted one.
@@ -337,11 +338,11 @@ class ExpertMixture(nn.Module):
             true_probability: with the routing "scheduled", how often the true language is taken in training.
         """
         by_frame = self.config.routing_unit == "frame"
-        if self.training and languages_B is not None:
+        if self.training and languages_B is not None and self.config.mixture != "forced":
             if self.config.routing == "scheduled":
                 chance_B = torch.rand(languages_B.shape, device=languages_B.device)
                 languages_B = languages_B.where(chance_B < true_probability, -1)
-            elif self.config.routing == "predicted" and self.config.mixture != "forced":
+            elif self.config.routing == "predicted":
                 languages_B = None
         context = RoutingContext(
             rows=frames.rows,

@@ -167,10 +167,10 @@ def test_all_layers_are_told_the_same_language(make_model: Callable[..., MoleMod
 def test_in_training_the_configured_routing_says_what_the_labels_are_for(
     make_model: Callable[..., MoleModel], batch: Batch
 ) -> None:
-    def routed(routing: str, probability: float, evaluate: bool = False) -> bool:
+    def routed(routing: str, probability: float, evaluate: bool = False, **config: Any) -> bool:
         """Whether all utterances are in the languages that were given, none of which is heard."""
         torch.manual_seed(0)
-        model = make_model(routing=routing, dropout=0.0).train(not evaluate)
+        model = make_model(routing=routing, dropout=0.0, **config).train(not evaluate)
         given_B = (model(batch.audio_BS, batch.audio_lengths_B).language_logits_BN.argmax(1) + 1) % 3
         chosen_B = model(batch.audio_BS, batch.audio_lengths_B, given_B, probability).decision.heard.expert_ids[:, 0]
         is_given_B = chosen_B == given_B
@@ -180,6 +180,7 @@ def test_in_training_the_configured_routing_says_what_the_labels_are_for(
     assert routed("true", 0.0) and routed("scheduled", 1.0)
     assert not routed("predicted", 1.0) and not routed("scheduled", 0.0)
     assert all(routed(routing, 0.0, evaluate=True) for routing in ("predicted", "true", "scheduled"))
+    assert all(routed(routing, 0.0, mixture="forced", top_k=2) for routing in ("predicted", "true", "scheduled"))
     with pytest.raises(MoleError, match="routing: 'random' is unknown"):
         make_model(routing="random")
 
