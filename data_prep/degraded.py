@@ -46,7 +46,7 @@ def prepare(manifest: str | Path, output: str | Path, kind: str = "noise") -> Pr
         MoleError: an unknown kind, a manifest that cannot be read, one without any utterance that can, or without two
             where noise needs others.
     """
-    kinds: dict[str, Callable[[Manifest, int, np.random.Generator], np.ndarray]]
+    kinds: dict[str, Callable[[Manifest, int, np.ndarray, np.random.Generator], np.ndarray]]
     kinds = {"noise": _in_noise, "telephone": _over_telephone}
     if kind not in kinds:
         raise MoleError(f"kind: {kind!r} is unknown; choose from {', '.join(kinds)}")
@@ -56,23 +56,21 @@ def prepare(manifest: str | Path, output: str | Path, kind: str = "noise") -> Pr
     source = Manifest(manifest)
     if output.resolve() == source.path.resolve():
         raise MoleError(f"{output}: the copy would replace the manifest that it is made of; give another name")
-    if kind == "noise" and len(source) < 2:
-        raise MoleError(f"{manifest}: babble is made of other utterances, and it has {len(source)}; give more")
     paths = _paths(source, output)
+    readable_R, failures = _readable(source)
+    if not len(readable_R):
+        raise MoleError(f"{manifest}: no readable utterance; {failures[0] if failures else 'it is empty'}")
+    if kind == "noise" and len(readable_R) < 2:
+        raise MoleError(f"{manifest}: babble is made of other utterances, and {len(readable_R)} can be read; give more")
     output.unlink(missing_ok=True)  # what an interrupted run leaves must not look whole
-    utterances, failures = [], []
-    for row, utterance in enumerate(source):
-        try:
-            audio_S = kinds[kind](source, row, _generator(kind, utterance.id))
-        except MoleError as error:
-            failures.append(f"{utterance.id}: {error}")
-            continue
+    utterances = []
+    for row in readable_R.tolist():
+        utterance = source[row]
+        audio_S = kinds[kind](source, row, readable_R, _generator(kind, utterance.id))
         # What would not fit into 16 bits is made softer, not clipped: clipping is no part of the task.
         audio_S = audio_S / max(1.0, float(np.abs(audio_S).max()))
         num_samples = write_wav(audio_S, SAMPLING_RATE_HZ, paths[utterance.id])
         utterances.append(_moved(utterance, paths[utterance.id], num_samples))
-    if not utterances:
-        raise MoleError(f"{manifest}: no readable utterance; {failures[0] if failures else 'it is empty'}")
     write_manifest(utterances, output)
     hours = sum(utterance.duration_s for utterance in utterances) / 3600
     print(f"{output}: {len(utterances)} utterances, {hours:.2f} h ({kind})")
@@ -89,6 +87,19 @@ def _paths(source: Manifest, output: Path) -> dict[str, Path]:
         if other != utterance.id:
             raise MoleError(f"{source.path}: the ids {other!r} and {utterance.id!r} name one file; change one of them")
     return {id: folder / f"{name}.wav" for name, id in owners.items()}
+
+
+def _readable(source: Manifest) -> tuple[np.ndarray, list[str]]:
+    """Rows whose recording can be read, int64 [R], and what is wrong with the others."""
+    rows, failures = [], []
+    for row, utterance in enumerate(source):
+        try:
+            utterance.read()
+        except MoleError as error:
+            failures.append(f"{utterance.id}: {error}")
+        else:
+            rows.append(row)
+    return np.array(rows, np.int64), failures
 
 
 def telephone_line(audio_S: np.ndarray, law: str) -> np.ndarray:
@@ -109,28 +120,25 @@ def telephone_line(audio_S: np.ndarray, law: str) -> np.ndarray:
     return resample(decoded_S, _TELEPHONE_RATE_HZ, SAMPLING_RATE_HZ)[: len(audio_S)]
 
 
-def _over_telephone(manifest: Manifest, row: int, rng: np.random.Generator) -> np.ndarray:
+def _over_telephone(manifest: Manifest, row: int, readable_R: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return telephone_line(manifest[row].read(), str(rng.choice(["ULAW", "ALAW"])))
 
 
-def _in_noise(manifest: Manifest, row: int, rng: np.random.Generator) -> np.ndarray:
+def _in_noise(manifest: Manifest, row: int, readable_R: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     audio_S = manifest[row].read()
     snr_db, babble_share = rng.uniform(*_SNR_DB), rng.uniform(0.2, 0.8)
     power = np.mean(np.square(audio_S)) * 10 ** (-snr_db / 10)
-    babble_S = _babble(manifest, row, len(audio_S), rng) * np.float32(np.sqrt(power * babble_share))
+    babble_S = _babble(manifest, readable_R[readable_R != row], len(audio_S), rng)
+    babble_S = babble_S * np.float32(np.sqrt(power * babble_share))
     return add_noise(audio_S, snr_db - 10 * np.log10(1 - babble_share), rng) + babble_S
 
 
-def _babble(manifest: Manifest, row: int, num_samples: int, rng: np.random.Generator) -> np.ndarray:
+def _babble(manifest: Manifest, others: np.ndarray, num_samples: int, rng: np.random.Generator) -> np.ndarray:
     """Some other utterances at once, each equally loud: float32 [num_samples] of power 1."""
-    others = np.delete(np.arange(len(manifest)), row)
     count = min(len(others), int(rng.integers(_TALKERS[0], _TALKERS[1] + 1)))
     babble_S = np.zeros(num_samples, np.float32)
     for other in rng.choice(others, count, replace=False):
-        try:
-            voice_S = manifest[other].read()
-        except MoleError:  # it is reported where it stands
-            continue
+        voice_S = manifest[other].read()
         voice_S = np.take(voice_S, rng.integers(len(voice_S)) + np.arange(num_samples), mode="wrap")
         babble_S += voice_S / max(float(voice_S.std()), 1e-5)
     return babble_S / max(float(np.sqrt(np.mean(np.square(babble_S)))), 1e-5)

@@ -11,8 +11,6 @@ from mole_asr.errors import MoleError
 if TYPE_CHECKING:
     import torch
 
-_SEEDS = 2**63
-
 
 def explain(message: str, keys: Iterable[str], dashes: str = "") -> str:
     """A complaint of jsonargparse in one line; for an unknown key, with the valid one that is most like it.
@@ -40,18 +38,19 @@ def explain(message: str, keys: Iterable[str], dashes: str = "") -> str:
     return " ".join(message.split())
 
 
-def check_seed(seed: int, key: str = "--seed") -> None:
+def check_seed(seed: int, key: str = "--seed", most: int = 2**63 - 1) -> None:
     """Refuses what no generator of random numbers takes.
 
     Args:
         seed: to check.
         key: where the user gave it.
+        most: that the generator takes.
 
     Raises:
-        MoleError: it is none of 0 to 2^63 - 1.
+        MoleError: it is none of 0 to `most`.
     """
-    if not 0 <= seed < _SEEDS:
-        raise MoleError(f"{key} {seed}: must be from 0 to {_SEEDS - 1}")
+    if not 0 <= seed <= most:
+        raise MoleError(f"{key} {seed}: must be from 0 to {most}")
 
 
 def check_range(section: str, least: float, most: float, **values: float) -> None:
@@ -68,7 +67,8 @@ def check_range(section: str, least: float, most: float, **values: float) -> Non
     """
     for key, value in values.items():
         if not (least <= value <= most and math.isfinite(value)):
-            limits = "must be finite and not negative" if most == math.inf else f"must be from {least:g} to {most:g}"
+            finite = "must be finite" + (" and not negative" if least == 0 else "")
+            limits = finite if most == math.inf else f"must be from {least:g} to {most:g}"
             raise MoleError(f"{section}.{key}: {value:g} {limits}")
 
 

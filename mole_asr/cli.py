@@ -1,6 +1,5 @@
 """The command line: a table from verb to function. Nothing is imported before its verb is called."""
 
-import io
 import json
 import os
 import sys
@@ -96,21 +95,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 where something failed; 2 where the command line is wrong (of `fit`, which has configs too: 1); 130 after
         Ctrl-C; 141 where nobody reads on.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 must not end a transcription
-            stream.reconfigure(errors="backslashreplace")
     try:
         status = _main(list(sys.argv[1:] if arguments is None else arguments))
         if sys.stdout is not None:  # closed: `mole-asr ... >&-`
             sys.stdout.flush()
         return status
     except BrokenPipeError:  # `mole-asr ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        _silence()
         return 141
     except OSError as error:
         print(f"mole-asr: {_said(error)}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         return 1
+
+
+def _silence() -> None:
+    """Sends nowhere what Python flushes when it ends."""
+    try:
+        number = sys.stdout.fileno()
+    except (AttributeError, OSError):  # it is closed, or no file
+        return
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), number)
 
 
 def _main(words: list[str]) -> int:
@@ -163,6 +169,10 @@ def _run(verb: Verb, words: list[str], program: str) -> int:
         raise
     except OSError as error:
         print(f"{program}: {_said(error)}", file=sys.stderr)
+        return 1
+    except UnicodeEncodeError as error:
+        said = f"{error.object[error.start]!a} cannot be written as {error.encoding}"
+        print(f"{program}: {said}; with PYTHONIOENCODING=utf-8, standard output takes all", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

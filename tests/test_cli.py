@@ -357,11 +357,12 @@ def test_standard_output_may_be_closed_or_full(folder: Path, behind: str, status
         assert shown.returncode == status and shown.stderr.endswith(end) and shown.stderr.count("\n") == len(end[:1])
 
 
-def test_a_terminal_that_is_not_utf8_gets_escapes(folder: Path) -> None:
-    command = [sys.executable, "-c", "from mole_asr import cli; cli._main = lambda words: print('é'); cli.main()"]
+def test_letters_that_standard_output_does_not_take_are_named() -> None:
+    code = "from mole_asr import cli, doctor; doctor.doctor = lambda: 'é'; raise SystemExit(cli.main(['doctor']))"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-    assert (shown.stdout, shown.stderr) == ("\\xe9\n", "")
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (shown.returncode, shown.stdout, shown.stderr.count("\n")) == (1, "", 1)
+    assert shown.stderr.startswith("mole-asr doctor: '\\xe9' cannot be written as ascii; with PYTHONIOENCODING=utf-8")
 
 
 # --- verbs that are tested at length elsewhere, from the outside

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from mole_asr.arguments import explain
+from mole_asr.arguments import check_seed, explain
 from mole_asr.asr.checkpoint import save_model
 from mole_asr.asr.familiarity import remember
 from mole_asr.asr.generations import temper
@@ -34,7 +34,6 @@ MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
 AVERAGE_EVERY_STEPS = 5
 CHECKPOINT_EVERY_STEPS = 200
-_SEEDS = 2**32  # numpy takes
 MOST_TEXTS = 100_000  # of a language, whose n-grams are counted
 # Said by libraries at each start, about what is meant to be so.
 _EXPECTED_WARNINGS = (
@@ -200,15 +199,14 @@ class MoleCLI(LightningCLI):
             known = [*self._parser("fit").get_defaults().keys(), *self.inner_keys]
             raise MoleError(explain(str(error), known)) from None
         seed = self.config[self.config["subcommand"]]["seed_everything"]
-        if seed is not True and not 0 <= int(seed or 0) < _SEEDS:
-            raise MoleError(f"seed_everything: {seed} must be from 0 to {_SEEDS - 1}")
+        check_seed(int(seed or 0), "seed_everything", most=2**32 - 1)  # numpy's
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs, saves and exports under `output`."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         output = Path(config["output"])
         last = output / CHECKPOINT_FOLDER / "last.ckpt"
-        if last.exists() and not zipfile.is_zipfile(last):
+        if config["ckpt_path"] == "last" and last.is_file() and not zipfile.is_zipfile(last):
             raise MoleError(f"{last}: cannot be read, it is cut off; remove it to train anew")
         average = None
         if not 0 <= config["average_decay"] < 1:

@@ -60,10 +60,10 @@ class MixtureConfig:
         reliability: definition of r: "max_posterior", "entropy", "sigmoid" or "gumbel"; "one" and "zero" are ablations.
         temperature: of the language posterior.
         routing: by which language in training: "predicted", "true" or "scheduled", from the true to the predicted one;
-            "forced" has the true one always.
+            the routers of "forced" are always shown the true one.
         language_probe: the language tokenizer only listens: its losses do not shape the encoder.
         language_embedding: adds a learned vector of the language to the stream, behind the language tokenizer: the true
-            language with routing "true" (an oracle), and where none is given the predicted one.
+            language with routing "true" (an oracle), and where none is given the predicted one. Not with "forced".
     """
 
     section: ClassVar[str] = "model.encoder"  # where users write these keys
@@ -100,6 +100,10 @@ class MixtureConfig:
             ),
             (self.routing_unit not in ("utterance", "frame"), f"routing_unit: {self.routing_unit!r} is unknown"),
             (self.routing not in get_args(Routing), f"routing: {self.routing!r} is unknown"),
+            (
+                self.language_embedding and self.mixture == "forced",
+                'language_embedding: is not for the mixture "forced", whose routers see the language',
+            ),
             (not 0 < self.temperature < math.inf, f"temperature: {self.temperature:g} must be positive"),
         ]
         self.refuse(problems)
@@ -337,8 +341,8 @@ class ExpertMixture(nn.Module):
                 for; in evaluation they are taken.
             true_probability: with the routing "scheduled", how often the true language is taken in training.
         """
-        by_frame = self.config.routing_unit == "frame"
-        if self.training and languages_B is not None and self.config.mixture != "forced":
+        by_frame, labels_B = self.config.routing_unit == "frame", languages_B
+        if self.training and languages_B is not None:
             if self.config.routing == "scheduled":
                 chance_B = torch.rand(languages_B.shape, device=languages_B.device)
                 languages_B = languages_B.where(chance_B < true_probability, -1)
@@ -353,6 +357,8 @@ class ExpertMixture(nn.Module):
         heard = self.language_router(None, context)
         plan = heard if self.config.mixture == "language" else None
         newest_B = self.language_router.newest(evidence.logits_BN, replace(context, language_logits=evidence.logits_BN))
+        if self.config.mixture == "forced":
+            context = replace(context, languages_B=labels_B)
         if self.kept is not None:
             evidence = evidence.select(self.kept)
         families = self.language_router.families

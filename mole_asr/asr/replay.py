@@ -93,7 +93,6 @@ def replay_of(examples: Mapping[str, Tensor], model: nn.Module) -> Replay | None
     Args:
         examples: of each language [K, H].
         model: a recogniser that has grown.
-
     """
     mixture = mixture_of(model)
     old = mixture.languages[: mixture.num_languages - generations_of(model)[-1].languages]

@@ -4,6 +4,7 @@ Everything random comes from a generator that is handed in, so a batch is the sa
 Letters: B batch, S samples, T frames, F mel bins, M masks.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -48,6 +49,7 @@ class AugmentConfig:
         check_range("data.augment", 0, 1, **chances)
         for name in ("snr_db", "gain_db"):
             least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            check_range("data.augment", -math.inf, math.inf, **{f"min_{name}": least, f"max_{name}": most})
             if least > most:
                 raise MoleError(f"data.augment.min_{name}: {least} is above max_{name}; swap the two")
         if not self.speeds or not all(0.5 <= speed <= 2 for speed in self.speeds):

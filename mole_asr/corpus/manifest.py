@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from mole_asr.audio.read import read_audio
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, is_unicode
 
@@ -48,6 +47,8 @@ class Utterance:
 
     def read(self) -> np.ndarray:
         """Its samples, float32 [S], mono at 16 kHz; see `read_audio` for what is raised."""
+        from mole_asr.audio.read import read_audio  # scores of texts need no library of sound
+
         return read_audio(self.audio_path, start_s=self.start_s, duration_s=self.duration_s)
 
 
@@ -216,10 +217,12 @@ def _from_cut(cut: dict[str, Any], folder: Path) -> Utterance:
         raise ValueError(f"its start is {start_s} s")
     if int(recording["sampling_rate"]) < 1:
         raise ValueError(f"its sampling rate is {recording['sampling_rate']}")
+    speaker = "" if first.get("speaker") is None else first["speaker"]
+    speaker = str(speaker) if type(speaker) is int else speaker
     for name, value in (
         ("id", str(cut["id"])),
         ("language", first.get("language") or ""),
-        ("speaker", "" if first.get("speaker") is None else first["speaker"]),
+        ("speaker", speaker),
         *(("text", supervision.get("text") or "") for supervision in supervisions),
     ):
         if not isinstance(value, str) or not is_unicode(value):
@@ -232,7 +235,7 @@ def _from_cut(cut: dict[str, Any], folder: Path) -> Utterance:
         sampling_rate_hz=int(recording["sampling_rate"]),
         text=" ".join(text for s in supervisions if (text := (s.get("text") or "").strip())),
         language=first.get("language") or "",
-        speaker=first.get("speaker") or None,
+        speaker=speaker or None,
         num_samples=int(recording.get("num_samples", 0)),
         channels=len(channels),
     )

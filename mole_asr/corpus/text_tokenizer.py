@@ -176,11 +176,11 @@ def extend_tokenizer(
     """
     check_seed(seed)
     check_at_least(0, extra_pieces=extra_pieces)
-    old_folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
-    if Path(output).resolve() == old_folder.resolve():
-        raise MoleError(f"output {output}: is the folder of the old tokenizer, which models need; give another one")
     protobuf: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # its classes are made at run time
     old = TextTokenizer(tokenizer)
+    old_path = Path(tokenizer) / FILE_NAME if Path(tokenizer).is_dir() else Path(tokenizer)
+    if (Path(output) / FILE_NAME).resolve() == old_path.resolve():
+        raise MoleError(f"output {output}: has the old tokenizer, which models need; give another folder")
     model = protobuf.ModelProto.FromString(old.model)
     model_type = protobuf.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
     sentences = _sentences(manifest, balance, seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mole_asr.errors import MoleError
-from mole_asr.files import atomic_path, check_output_folder, write_text
+from mole_asr.files import atomic_path, write_text
 from mole_asr.transcribe.transcript import Transcript
 from mole_asr.transcribe.writers import WRITERS
 
@@ -116,7 +116,8 @@ def transcribe(
 
     Raises:
         MoleError: nothing to transcribe, an unknown format or language, a negative beam, a model that does not load, a
-            language model that does not fit it, or a text that would overwrite the `.txt` beside a recording.
+            language model that does not fit it, a text that would overwrite the `.txt` beside a recording, or results
+            that cannot be written.
     """
     from mole_asr.transcribe.transcriber import load
 
@@ -126,9 +127,11 @@ def transcribe(
     names = _output_names(recordings)
     if folder is not None and "txt" in formats:
         _check_references(recordings, [folder / f"{name}.txt" for name in names.values()])
-    if folder is not None:
-        check_output_folder(folder, model)
     manifest_jobs = _manifest_jobs(manifests, folder or Path())
+    results = [folder / f"{name}.{each}" for name in names.values() for each in formats] if folder is not None else []
+    for path in [result for _, result in manifest_jobs]:
+        results += [path, path.with_suffix(".stats.json")]
+    _check_results(folder, results)
     weights = _weights(ngram_weight, lm_weight, length_bonus)
     if not batch_seconds > 0:
         raise MoleError(f"--batch-seconds {batch_seconds:g}: must be positive")
@@ -150,6 +153,15 @@ def transcribe(
         total.add(_transcribe_manifest(transcriber, manifest, path, language, batch_seconds))
     _print_summary(total)
     return total
+
+
+def _check_results(folder: Path | None, results: Iterable[Path]) -> None:
+    """Before the work, that its results can be written."""
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise MoleError(f"output {folder}: is a file; give a folder")
+    for path in results:
+        if path.is_dir():
+            raise MoleError(f"{path}: is a folder, but a result of that name goes there; give another --output")
 
 
 def _choose(
@@ -196,8 +208,6 @@ def _manifest_jobs(manifests: list[Path], folder: Path) -> "list[tuple[Manifest,
     for path, result in jobs:
         if result.resolve() in [other.resolve() for other in manifests]:
             raise MoleError(f"{path}: its transcripts would overwrite a manifest; give another folder with --output")
-        if result.is_dir():
-            raise MoleError(f"{result}: is a folder, but the transcripts of {path} go there; give another --output")
     return [(Manifest(path), result) for path, result in jobs]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mole_asr.asr.fit import fit
 from mole_asr.corpus.manifest import Manifest, write_manifest
 
 from .conftest import refused
@@ -41,6 +42,8 @@ def test_a_checkpoint_that_was_cut_off_is_named(command: Callable[..., list[str]
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"PK\x03\x04 and no end")
     assert refused(command()) == f"{checkpoint}: cannot be read, it is cut off; remove it to train anew"
+    fit(command(trainer__max_epochs=1, ckpt_path="null"))
+    assert (tmp_path / "run/model/model.safetensors").exists(), "nobody asked for the checkpoint"
 
 
 def test_sections_that_a_pretrained_model_does_not_read(on_whisper: Callable[..., list[str]]) -> None:
@@ -71,7 +74,7 @@ def test_utterances_that_whisper_cannot_hold_are_refused_before_the_run(on_whisp
         ({"data__train_manifest": "nowhere.jsonl"}, ["nowhere.jsonl"]),
         ({"data__tokenizer": "nowhere"}, ["nowhere"]),
         ({"model__init_from": "nowhere"}, ["nowhere/config.json"]),
-        ({"seed_everything": -1}, ["seed_everything: -1 must be from 0"]),
+        ({"seed_everything": -1}, ["seed_everything -1: must be from 0 to 4294967295"]),
         ({"average_decay": 1.0}, ["average_decay: 1 must be from 0 to below 1"]),
         ({"average_decay": ".nan"}, ["average_decay: nan must be"]),
         ({"model__loss_weights__ctc": -1}, ["model.loss_weights.ctc: -1 must be finite and not negative"]),

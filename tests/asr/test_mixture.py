@@ -9,7 +9,9 @@ import torch
 
 from mole_asr.asr.checkpoint import load_model, save_model
 from mole_asr.asr.grow import grow_model
+from mole_asr.asr.language_tokenizer import LanguageEvidence
 from mole_asr.asr.losses import losses
+from mole_asr.asr.mixture import PaddedFrames
 from mole_asr.asr.model import ModelOutput, MoleModel
 from mole_asr.asr.parameters import count_parameters
 from mole_asr.corpus.batch import Batch
@@ -167,10 +169,10 @@ def test_all_layers_are_told_the_same_language(make_model: Callable[..., MoleMod
 def test_in_training_the_configured_routing_says_what_the_labels_are_for(
     make_model: Callable[..., MoleModel], batch: Batch
 ) -> None:
-    def routed(routing: str, probability: float, evaluate: bool = False, **config: Any) -> bool:
+    def routed(routing: str, probability: float, evaluate: bool = False) -> bool:
         """Whether all utterances are in the languages that were given, none of which is heard."""
         torch.manual_seed(0)
-        model = make_model(routing=routing, dropout=0.0, **config).train(not evaluate)
+        model = make_model(routing=routing, dropout=0.0).train(not evaluate)
         given_B = (model(batch.audio_BS, batch.audio_lengths_B).language_logits_BN.argmax(1) + 1) % 3
         chosen_B = model(batch.audio_BS, batch.audio_lengths_B, given_B, probability).decision.heard.expert_ids[:, 0]
         is_given_B = chosen_B == given_B
@@ -180,7 +182,6 @@ def test_in_training_the_configured_routing_says_what_the_labels_are_for(
     assert routed("true", 0.0) and routed("scheduled", 1.0)
     assert not routed("predicted", 1.0) and not routed("scheduled", 0.0)
     assert all(routed(routing, 0.0, evaluate=True) for routing in ("predicted", "true", "scheduled"))
-    assert all(routed(routing, 0.0, mixture="forced", top_k=2) for routing in ("predicted", "true", "scheduled"))
     with pytest.raises(MoleError, match="routing: 'random' is unknown"):
         make_model(routing="random")
 
@@ -285,9 +286,23 @@ def test_a_config_that_cannot_be_built_is_named_in_one_line(changes: dict, key: 
     assert str(caught.value).startswith(f"model.encoder.{key}") and "\n" not in str(caught.value)
 
 
-def test_the_labels_expert_computes_in_training_alone(make_model: Callable[..., MoleModel], batch: Batch) -> None:
-    model = make_model(mixture="forced", top_k=2, routing="true", dropout=0.0)
-    trained = run(model.train(), batch, told=True)
+def test_of_a_batch_a_share_is_routed_by_labels(make_model: Callable[..., MoleModel]) -> None:
+    model = make_model(routing="scheduled").train()
+    logits_BN = torch.tensor([[1.0, 0.0, 0.0]]).repeat(400, 1)
+    evidence = LanguageEvidence(logits_BN[:, None], logits_BN, torch.zeros(400, 1, 96))
+    frames = PaddedFrames.of_lengths(torch.ones(400, dtype=torch.long), 1)
+    decision = model.mixture.decide(evidence, frames, torch.ones(400, dtype=torch.long), 0.25)
+    assert 0.15 < float((decision.heard.expert_ids == 1).float().mean()) < 0.35
+
+
+@pytest.mark.parametrize("routing", ["predicted", "scheduled", "true"])
+def test_the_labels_expert_computes_in_training_alone(
+    make_model: Callable[..., MoleModel], batch: Batch, routing: str
+) -> None:
+    with pytest.raises(MoleError, match="language_embedding: is not for the mixture"):
+        make_model(mixture="forced", top_k=2, language_embedding=True)
+    model = make_model(mixture="forced", top_k=2, routing=routing, dropout=0.0)
+    trained = model.train()(batch.audio_BS, batch.audio_lengths_B, batch.languages_B, 0.0)
     heard = run(model.eval(), batch, told=True)
     languages_N = batch.languages_B[trained.frames.rows.utterance_of_row]
     shares = []

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -96,7 +98,16 @@ def test_silence_stays_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"speed_probability": 1.5}, {"speeds": ()}, {"speeds": (0.1,)}, {"min_snr_db": 50.0}, {"min_gain_db": 7.0}]
+    "bad",
+    [
+        {"speed_probability": 1.5},
+        {"speeds": ()},
+        {"speeds": (0.1,)},
+        {"min_snr_db": 50.0},
+        {"max_snr_db": math.inf},
+        {"min_gain_db": math.nan},
+        {"min_gain_db": 7.0},
+    ],
 )
 def test_bad_settings_are_named(bad: dict[str, object]) -> None:
     with pytest.raises(MoleError, match=next(iter(bad))):

@@ -142,6 +142,12 @@ def test_we_read_what_lhotse_writes(tmp_path: Path, recording: Path) -> None:
     assert Manifest(tmp_path / "whole.jsonl")[0].audio_path == recording
 
 
+def test_a_speaker_may_be_a_number(tmp_path: Path) -> None:
+    lines = [json.dumps(_cut(id=f"{n}", supervisions=[{"text": "a", "speaker": n}])) for n in (0, 12, None, "")]
+    (tmp_path / "cuts.jsonl").write_text("\n".join(lines))
+    assert [utterance.speaker for utterance in Manifest(tmp_path / "cuts.jsonl")] == ["0", "12", None, None]
+
+
 def test_a_text_of_blanks_is_none(tmp_path: Path) -> None:
     texts = [{"text": " "}, {"text": None}, {"text": "a b "}, {"start": 0.5, "text": "\u00a0c"}]
     lines = [json.dumps(_cut(supervisions=texts)), json.dumps(_cut(id="y", supervisions=texts[:2]))]
@@ -165,7 +171,7 @@ def _cut(**changes: Any) -> dict[str, Any]:
         (json.dumps(_cut(duration=0)), "its duration is 0.0 s"),
         (json.dumps(_cut(start=float("nan"))), "its start is nan s"),
         (json.dumps(_cut(supervisions=[{"text": "a", "language": ["en"]}])), r"its language is \['en'\], no text"),
-        (json.dumps(_cut(supervisions=[{"text": "a", "speaker": 0}])), "its speaker is 0, no text"),
+        (json.dumps(_cut(supervisions=[{"text": "a", "speaker": [0]}])), r"its speaker is \[0\], no text"),
         (json.dumps(_cut(supervisions=[{"text": "a\ud83d"}])), r"its text is 'a\\ud83d', no text"),
         (json.dumps(_cut(id="\ud83d")), "its id is "),
         ('{"id":' + "[" * 100_000, "row 1 is no lhotse cut"),

@@ -144,7 +144,7 @@ def test_extension_limits_are_named(latin: Path, greek: Path, tmp_path: Path) ->
         extend_tokenizer(tmp_path, greek, tmp_path / "new", extra_pieces=5)
     with pytest.raises(MoleError, match="--extra-pieces -1: must be at least 0"):
         extend_tokenizer(tmp_path, greek, tmp_path / "new", extra_pieces=-1)
-    with pytest.raises(MoleError, match="is the folder of the old tokenizer"):
+    with pytest.raises(MoleError, match="has the old tokenizer"):
         extend_tokenizer(tmp_path / "tokenizer.model", greek, tmp_path, extra_pieces=50)
     with pytest.raises(MoleError, match="--seed -1: must be"):
         train_tokenizer(latin, tmp_path, 40, byte_fallback=False, seed=-1)
