@@ -343,7 +343,7 @@ class ExpertMixture(nn.Module):
         """
         by_frame, labels_B = self.config.routing_unit == "frame", languages_B
         if self.training and languages_B is not None:
-            if self.config.routing == "scheduled":
+            if self.config.routing == "scheduled":  # drawn once: all layers are told the same
                 chance_B = torch.rand(languages_B.shape, device=languages_B.device)
                 languages_B = languages_B.where(chance_B < true_probability, -1)
             elif self.config.routing == "predicted":

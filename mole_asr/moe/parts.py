@@ -29,9 +29,9 @@ def log_softmax(logits: Tensor, parts: Sequence[int], newest: Tensor | None = No
     """
     if newest is None or len(parts) == 1:
         return logits.log_softmax(-1)
-    sizes = [(0, logits.shape[-1] - end) for end in accumulate(parts)]
-    some = [logits[..., : logits.shape[-1] - beyond].log_softmax(-1) for _, beyond in sizes]
-    return choose([functional.pad(each, size, value=ASLEEP) for each, size in zip(some, sizes, strict=True)], newest)
+    size = logits.shape[-1]
+    some = [(logits[..., :end].log_softmax(-1), size - end) for end in accumulate(parts)]
+    return choose([functional.pad(each, (0, later), value=ASLEEP) for each, later in some], newest)
 
 
 def choose(results: Sequence[Tensor], newest: Tensor | None) -> Tensor:
