@@ -38,7 +38,7 @@ VERBS = {
     "prepare texts": Verb("mole_asr.data_prep.texts:prepare", "fetch and prepare texts in 78 languages"),
     "tokenizer train": Verb("mole_asr.corpus.text_tokenizer:train_tokenizer", "train a text tokenizer on a manifest"),
     "tokenizer extend": Verb("mole_asr.corpus.text_tokenizer:extend_tokenizer", "add the pieces of a new language"),
-    "fit": Verb("mole_asr.fit:fit", "train a model, or go on with an interrupted training"),
+    "fit": Verb("mole_asr.fit:fit", "train a model, or go on with an interrupted training", prints=False),
     "extend": Verb("mole_asr.asr.extend:extend", "make room for new languages in a trained model"),
     "prune": Verb("mole_asr.asr.prune:prune", "a smaller model of some of the languages"),
     "convert moefy": Verb("mole_asr.convert.moefy:moefy", "a trained model that computes some of its neurons"),

@@ -6,16 +6,19 @@ from typing import Any
 
 import yaml
 
-from mole_asr.asr.fit import find_config
+from mole_asr.asr.fit import FitResult, find_config
 
 _TEXT_KEY = "train_text"  # start of the key of `data` that says so; recognisers have `train_manifest`
 
 
-def fit(arguments: list[str]) -> None:
+def fit(arguments: list[str]) -> FitResult:
     """Trains a model: `--config conf/asr/prompts5.yaml`, or `--config conf/text/adaptive.yaml`.
 
     Args:
         arguments: of the command line, behind `fit`; see `mole_asr.asr.fit.fit` and `mole_asr.text.fit.fit`.
+
+    Returns:
+        Which utterances were skipped.
 
     Raises:
         MoleError: the config, the data or the run to resume do not fit.
@@ -25,10 +28,10 @@ def fit(arguments: list[str]) -> None:
         from mole_asr.text.fit import fit as fit_text
 
         fit_text(arguments)
-    else:
-        from mole_asr.asr.fit import fit as fit_speech
+        return FitResult([])
+    from mole_asr.asr.fit import fit as fit_speech
 
-        fit_speech(arguments)
+    return fit_speech(arguments)
 
 
 def is_text(arguments: list[str]) -> bool:

@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from argparse import ArgumentError
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -254,7 +254,18 @@ def _last_checkpoint(output: Path, **when: Any) -> ModelCheckpoint:
     return ModelCheckpoint(output / CHECKPOINT_FOLDER, filename="last", enable_version_counter=False, **when)
 
 
-def fit(arguments: list[str]) -> None:
+@dataclass(frozen=True)
+class FitResult:
+    """What a training leaves to say.
+
+    Attributes:
+        failures: "id: reason" of each utterance that could not be read and was skipped.
+    """
+
+    failures: list[str]
+
+
+def fit(arguments: list[str]) -> FitResult:
     """Trains a model: `--config conf/asr/prompts5.yaml`, any key replaced by `--key value`.
 
     The same command again resumes an interrupted run where it stopped, in mid-epoch too; where the run is complete it
@@ -263,21 +274,30 @@ def fit(arguments: list[str]) -> None:
     Args:
         arguments: of the command line, behind `fit`.
 
+    Returns:
+        What was skipped; it is named on standard error too.
+
     Raises:
         MoleError: the data cannot be trained on, or they or the sizes of the model do not fit the run to resume.
         KeyboardInterrupt: after Ctrl-C; the same command goes on from the last checkpoint.
     """
-    run(MoleCLI, MoleTask, SpeechDataModule, arguments)
+    data = run(MoleCLI, MoleTask, SpeechDataModule, arguments)
+    assert isinstance(data, SpeechDataModule)
+    for failure in sorted(data.skipped):
+        print(f"skipped {failure}", file=sys.stderr)
+    return FitResult(sorted(data.skipped))
 
 
-def run(cli: type[MoleCLI], task: type[LightningModule], data: type[LightningDataModule], arguments: list[str]) -> None:
-    """Trains with this command line, task and data; see `fit`."""
+def run(
+    cli: type[MoleCLI], task: type[LightningModule], data: type[LightningDataModule], arguments: list[str]
+) -> LightningDataModule:
+    """Trains with this command line, task and data, and returns the data; see `fit`."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # below are devices and advertisements
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message)
         try:
-            cli(
+            done = cli(
                 task,
                 data,
                 args=["fit", "--ckpt_path=last", "--weights_only=true", *map(find_config, arguments)],
@@ -292,3 +312,4 @@ def run(cli: type[MoleCLI], task: type[LightningModule], data: type[LightningDat
             if isinstance(end.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise
+    return done.datamodule

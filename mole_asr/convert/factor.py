@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mole_asr.arguments import check_at_least, check_seed
 from mole_asr.convert.host import DensePart, Host, open_host
-from mole_asr.convert.report import lines_of
+from mole_asr.convert.report import Conversion, lines_of
 from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
 from mole_asr.convert.training import check_positive, train
@@ -66,7 +66,7 @@ def factor(
     router_lr: float = 1e-2,
     device: str = "cpu",
     seed: int = 0,
-) -> str:
+) -> Conversion:
     """Cuts the feed-forward parts of a trained model into few slices and trains slices and routers for a short time.
 
     Zhao et al., arXiv 2408.11855. A token gets the sum of its slices, scaled by how many there are over how many it
@@ -92,7 +92,7 @@ def factor(
         seed: of all that is drawn.
 
     Returns:
-        What became of each part, speed and quality.
+        What became of each part, speed and quality, and which recordings were skipped.
 
     Raises:
         MoleError: the model or the data cannot be read, or they and the options do not fit together.
@@ -119,7 +119,7 @@ def factor(
     speed = measure_speed(parts, layers, heard)
     after = host.quality(tests) if tests else None
     host.save(output)
-    return "\n".join([*lines_of(layers, errors, speed, before, after), f"{output}: written"])
+    return Conversion([*lines_of(layers, errors, speed, before, after), f"{output}: written"], host.failures)
 
 
 def train_slices(

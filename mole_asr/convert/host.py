@@ -96,9 +96,11 @@ class Host(ABC):
 
     Attributes:
         model: in evaluation mode.
+        failures: "id: reason" of each utterance that `read` could not read and skipped.
     """
 
     model: nn.Module
+    failures: tuple[str, ...] = ()
 
     @abstractmethod
     def parts(self) -> dict[str, DensePart]:

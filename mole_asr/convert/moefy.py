@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mole_asr.arguments import check_at_least, check_seed
 from mole_asr.convert.host import draw_rows, open_host
-from mole_asr.convert.report import lines_of
+from mole_asr.convert.report import Conversion, lines_of
 from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
 from mole_asr.convert.training import check_positive, imitate, relu_adaptation
@@ -33,7 +33,7 @@ def moefy(
     lr: float = 1e-3,
     device: str = "cpu",
     seed: int = 0,
-) -> str:
+) -> Conversion:
     """Cuts the feed-forward parts of a trained model into slices, of which a router chooses some for each token.
 
     Zhang et al., arXiv 2110.01786. No value of the model changes, unless it is trained too: adapted to ReLU before the
@@ -61,7 +61,7 @@ def moefy(
         seed: of all that is drawn.
 
     Returns:
-        What became of each part, speed and quality.
+        What became of each part, speed and quality, and which recordings were skipped.
 
     Raises:
         MoleError: the model or the data cannot be read, or they and the options do not fit together.
@@ -93,7 +93,7 @@ def moefy(
     speed = measure_speed(parts, layers, shown)
     after = host.quality(tests) if tests else None
     host.save(output)
-    return "\n".join([*lines_of(layers, errors, speed, before, after), f"{output}: written"])
+    return Conversion([*lines_of(layers, errors, speed, before, after), f"{output}: written"], host.failures)
 
 
 def _drawn(heard: dict[str, Tensor] | None) -> dict[str, Tensor] | None:

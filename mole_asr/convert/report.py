@@ -1,10 +1,27 @@
 """What the verbs print of a conversion."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from mole_asr.convert.host import Quality
 from mole_asr.convert.speed import Speed
 from mole_asr.moe.convert.sliced import SlicedLayer
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of a model; as text, what a verb prints.
+
+    Attributes:
+        lines: on its parts, their speed and their quality, and where it is.
+        failures: "id: reason" of each utterance that could not be read and was skipped.
+    """
+
+    lines: Sequence[str]
+    failures: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([*self.lines, *(f"skipped {failure}" for failure in self.failures)])
 
 
 def lines_of(

@@ -92,7 +92,7 @@ class SpeechHost(Host):
         """Utterances drawn at random, in batches of similar length, the batches in random order.
 
         Raises:
-            MoleError: the manifest or a recording cannot be read.
+            MoleError: the manifest cannot be read, or none of these recordings.
         """
         table = Manifest(path)
         rng = np.random.default_rng(seed)
@@ -108,9 +108,11 @@ class SpeechHost(Host):
         by_length = chosen[np.argsort(table.durations_s[chosen], kind="stable")]
         keys = np.split(by_length, range(_BATCH, len(by_length), _BATCH))
         batches = [dataset[0, number, rows] for number, rows in enumerate(keys)]
-        for batch in batches:
-            if batch.skipped:
-                raise MoleError(f"{path}: {batch.skipped[0]}")
+        failures = tuple(reason for batch in batches for reason in batch.skipped)
+        batches = [batch for batch in batches if batch.rows_B.min() >= 0]  # a stand-in has no row
+        if not batches:
+            raise MoleError(f"{path}: no readable utterance; {failures[0]}")
+        self.failures += failures
         return [batches[place] for place in rng.permutation(len(batches))]  # or the first would be the short ones
 
     def predict(self, batch: Batch) -> Prediction:

@@ -36,6 +36,7 @@ class PlanLoader(PlacedLoader):
         rank: this process among `plan.world_size`.
         num_workers: reading processes; 0 reads in the training process.
         place: returns (epoch, next batch).
+        skipped: gets "id: reason" of each utterance that cannot be read.
     """
 
     def __init__(
@@ -46,13 +47,14 @@ class PlanLoader(PlacedLoader):
         rank: int,
         num_workers: int,
         place: Callable[[], tuple[int, int]],
+        skipped: set[str],
     ) -> None:
         super().__init__(plan.num_batches, place, "utterances")
         self.dataset = dataset
         self.plan = plan
         self.rows = rows
         self.rank = rank
-        self.skipped: set[str] = set()
+        self.skipped = skipped
         self._keys: list[BatchKey] = []
         self._loader = DataLoader(
             dataset,
@@ -81,7 +83,8 @@ class PlanLoader(PlacedLoader):
 class SpeechDataModule(LightningDataModule):
     """Training and validation batches from two manifests.
 
-    After `setup`, `selections["train"]` and `selections["valid"]` say what is used and what was left out.
+    After `setup`, `selections["train"]` and `selections["valid"]` say what is used and what was left out, `skipped`
+    what could not be read so far, "id: reason" each.
 
     Args:
         train_manifest: cut set (JSONL) to train on.
@@ -140,6 +143,7 @@ class SpeechDataModule(LightningDataModule):
         self._manifests: dict[str, Manifest] = {}
         self._datasets: dict[str, SpeechDataset] = {}
         self.selections: dict[str, Selection] = {}
+        self.skipped: set[str] = set()
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -251,4 +255,4 @@ class SpeechDataModule(LightningDataModule):
             shuffle=trains,
         )
         rank = self.trainer.global_rank if self.trainer and shared else 0
-        return PlanLoader(dataset, plan, rows, rank, self.num_workers, place)
+        return PlanLoader(dataset, plan, rows, rank, self.num_workers, place, self.skipped)

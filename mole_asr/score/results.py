@@ -34,7 +34,7 @@ class ResultFile:
 
     def read(self) -> None:
         """Reads what is there now."""
-        self.rows: list[Row] = read_json(self.path, [])
+        self.rows: list[Row] = read_json_or(self.path, [])
 
     def select(self, **wanted: Any) -> list[Row]:
         """Rows that have these values."""
@@ -65,7 +65,7 @@ class ResultFile:
         return tuple(row[name] for name in self.key)
 
 
-def read_json(path: Path, nothing: Any) -> Any:
+def read_json_or(path: Path, nothing: Any) -> Any:
     """Returns what a JSON file holds, or `nothing` where it is missing.
 
     Raises:

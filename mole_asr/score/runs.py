@@ -18,7 +18,7 @@ from mole_asr.corpus.texts import read_texts
 from mole_asr.errors import MoleError
 from mole_asr.files import write_text
 from mole_asr.score.jobs import is_job
-from mole_asr.score.results import ResultFile, read_json
+from mole_asr.score.results import ResultFile, read_json_or
 
 if TYPE_CHECKING:
     from mole_asr.transcribe.command import TranscribeResult
@@ -44,7 +44,7 @@ def train(folder: Path, words: Sequence[str], extra: Sequence[str] = ()) -> floa
     from mole_asr.fit import fit
 
     notes, settings = folder / "training.json", settings_of(words)
-    state = read_json(notes, {"seconds": 0.0, "done": False})
+    state = read_json_or(notes, {"seconds": 0.0, "done": False})
     if state.setdefault("settings", settings) != settings:
         raise MoleError(f"{folder} was trained with another configuration: remove it, or give another --runs")
     if state["done"] and (folder / "model" / "model.safetensors").exists():

@@ -14,7 +14,7 @@ import torch
 from mole_asr.bench.moe import moe
 from mole_asr.errors import MoleError
 from mole_asr.score.markdown import markdown_table, write_between_marks
-from mole_asr.score.results import read_json
+from mole_asr.score.results import read_json_or
 
 HERE = Path(__file__).parent
 DEVICES = ("cpu", "cuda")
@@ -66,7 +66,7 @@ def _on_gpu(row: dict[str, Any]) -> bool:
 
 def table(path: Path) -> str:
     """A line a case and backend of ours."""
-    rows: list[dict[str, Any]] = [row for row in read_json(path, []) if row["backend"] in OURS]
+    rows: list[dict[str, Any]] = [row for row in read_json_or(path, []) if row["backend"] in OURS]
     cases: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         key = json.dumps([row["backend"], *(row[name] for name in CASE)])

@@ -8,7 +8,7 @@ from typing import Any
 
 from mole_asr.errors import MoleError
 from mole_asr.files import locked, write_text
-from mole_asr.score.results import ResultFile, Row, json_line, read_json
+from mole_asr.score.results import ResultFile, Row, json_line, read_json_or
 
 KEY = ("system", "condition", "seed", "test_set")
 
@@ -30,7 +30,7 @@ class Results(ResultFile):
     def read(self) -> None:
         """Reads what is there now."""
         super().read()
-        details = read_json(self.details_path, {"test_sets": {}, "runs": {}})
+        details = read_json_or(self.details_path, {"test_sets": {}, "runs": {}})
         self.test_sets: dict[str, Any] = details["test_sets"]
         self.details: dict[str, Any] = details["runs"]
 

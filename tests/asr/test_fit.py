@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mole_asr.asr.fit import AverageWeights, fit
 from mole_asr.asr.task import MoleTask, OptimizerConfig
+from mole_asr.cli import main
 from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.decode.ngram import load_ngrams
@@ -50,15 +51,16 @@ def test_the_model_folder_knows_the_training_texts(
 
 
 def test_a_missing_recording_is_skipped_and_named(
-    command: Callable[..., list[str]], tones: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    command: Callable[..., list[str]], tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = Manifest(tones / "train.jsonl")
     utterances = list(manifest)
     utterances[3] = replace(utterances[3], audio_path=tmp_path / "gone.wav")
     write_manifest(utterances, tmp_path / "holed.jsonl")
-    fit(command(data__train_manifest=tmp_path / "holed.jsonl", trainer__max_epochs=1))
+    assert main(["fit", *command(data__train_manifest=tmp_path / "holed.jsonl", trainer__max_epochs=1)]) == 1
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
-    assert [record for record in caplog.records if "u3" in record.getMessage() and "gone.wav" in record.getMessage()]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped ")]
+    assert line.startswith("skipped u3: ") and "gone.wav" in line
 
 
 def test_ctrl_c_leaves_as_such(

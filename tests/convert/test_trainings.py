@@ -182,7 +182,7 @@ def test_the_output_error_is_that_of_what_was_written(
     host, written = open_host(folder), open_host(out)
     rows = host.record(host.read(data, 300, 0))
     for name, part in host.parts().items():
-        assert f"output error {output_error(part, written.layers()[name], rows[name]):.3f}" in shown
+        assert f"output error {output_error(part, written.layers()[name], rows[name]):.3f}" in str(shown)
 
 
 def test_padding_is_in_no_route_loss(speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:

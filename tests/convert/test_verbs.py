@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mole_asr.convert.factor import factor
 from mole_asr.convert.host import open_host
 from mole_asr.convert.moefy import moefy
 from mole_asr.convert.slicing import Cut, identity_error, output_error, slice_parts
+from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.decode.ngram import NGRAM_FILE
 from mole_asr.errors import MoleError
 from mole_asr.text.policies import ExpertsConfig
@@ -75,6 +77,22 @@ def test_a_hugging_face_model_goes_in_and_out(
     with torch.no_grad():
         torch.testing.assert_close(host.model(ids).logits, dense(ids).logits, atol=1e-4, rtol=0)
     assert dense.config.hidden_act == "relu"
+
+
+def test_what_cannot_be_read_is_skipped_and_named(
+    speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    utterances = list(Manifest(speech / "cuts.jsonl"))
+    gone = [replace(each, audio_path=tmp_path / "gone.wav") for each in utterances]
+    for name, chosen in (("holed", [gone[0], *utterances[1:]]), ("empty", gone)):
+        write_manifest(chosen, tmp_path / f"{name}.jsonl")
+    words = ["convert", "factor", speech / "model", tmp_path / "out", "--slices", 4, "--steps", 2, "--data"]
+    assert run(*words, tmp_path / "holed.jsonl") == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
+    assert line.startswith("skipped 0: ") and "gone.wav" in line
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert run(*words, tmp_path / "empty.jsonl") == 1
+    assert "empty.jsonl: no readable utterance; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
