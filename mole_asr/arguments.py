@@ -86,14 +86,14 @@ def check_device(device: "str | torch.device") -> None:
         raise MoleError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from None
 
 
-def check_at_least(least: int, **options: int) -> None:
+def check_at_least(least: int, **options: float) -> None:
     """Refuses too small numbers, by the names of the options.
 
     Raises:
         MoleError: naming the first such option.
     """
     for name, value in options.items():
-        if value < least:
+        if not value >= least:  # it may be no number
             raise MoleError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 

@@ -23,8 +23,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Args:
         path: the final name; its folder is created if missing.
+
+    Raises:
+        MoleError: it is a folder, or the disk is full.
     """
     path = Path(path)
+    if path.is_dir():
+        raise MoleError(f"{path}: is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two processes or threads that write the same file must not meet.
     writer = f"{os.getpid()}-{threading.get_ident()}"
@@ -71,12 +76,13 @@ def check_output_folder(output: str | Path, model: str | Path) -> None:
         model: folder of the old one, which must stay.
 
     Raises:
-        MoleError: it is that of the old model, or a file.
+        MoleError: it is that of the old model, or a file, or in a file.
     """
     if Path(output).resolve() == Path(model).resolve():
         raise MoleError(f"output {output}: is the old model; give another folder")
-    if Path(output).exists() and not Path(output).is_dir():
-        raise MoleError(f"output {output}: is a file; give a folder")
+    there = next(each for each in (Path(output), *Path(output).absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise MoleError(f"output {there}: is a file; give a folder")
 
 
 def is_unicode(text: str) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from safetensors import SafetensorError
 
 from mole_asr.errors import MoleError
-from mole_asr.files import atomic_path, write_text
+from mole_asr.files import atomic_path, check_output_folder, write_text
 
 
 def test_two_threads_may_write_the_same_file(tmp_path: Path) -> None:
@@ -36,6 +36,18 @@ def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
         temporary.write_text("new")
         raise ZeroDivisionError
     assert [path.read_text() for path in (tmp_path / "deep").iterdir()] == ["old"]
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(MoleError, match=r"/folder\.json: is a folder; give the name of a file"):
+        write_text(tmp_path / "folder.json", "")
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(MoleError, match=r"output .*/file: is a file; give a folder"):
+            check_output_folder(output, tmp_path / "model")
+    check_output_folder(tmp_path / "new" / "a", tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.json"]
 
 
 def test_a_full_disk_gives_one_line(tmp_path: Path) -> None:

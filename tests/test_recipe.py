@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Writes what the real verbs leave; notes its words in `calls`. Where a file `skips` is, transcribing skips something.
+# Writes what the real verbs leave; notes its words in `calls`. Where a file `skips` is, training and transcribing skip
+# something; where a file `fails` is, no training comes to its end.
 STAND_IN = """#!/usr/bin/env bash
 echo "$1" >>calls
 case $1 in
     prepare) mkdir -p "$3"; for s in train dev test; do [ -e "$3/cuts_$s.jsonl" ] || touch "$3/cuts_$s.jsonl"; done ;;
     tokenizer) mkdir -p "$4"; touch "$4/tokenizer.model" ;;
-    fit) mkdir -p out/checkpoints out/model out/logs; touch out/checkpoints/last.ckpt out/model/model.safetensors ;;
+    fit) mkdir -p out/checkpoints out/model out/logs; touch out/checkpoints/last.ckpt; ! [ -e fails ] || exit 1
+        touch out/model/model.safetensors; ! [ -e skips ] ;;
     transcribe) mkdir -p "$6"; case $2 in *.jsonl) echo {} >out/transcripts/cuts_test.jsonl; ! [ -e skips ] ;; esac ;;
     report) echo "$*" >report-words; echo table ;;
 esac
@@ -85,3 +87,10 @@ def test_a_skipped_utterance_does_not_stop_the_report(folder: Path) -> None:
     (folder / "skips").touch()
     calls, shown = run(folder)
     assert "report" in calls and shown.returncode == 0
+
+
+def test_a_training_that_fails_stops_it_even_beside_an_old_model(folder: Path) -> None:
+    run(folder)
+    (folder / "fails").touch()
+    calls, shown = run(folder, "--trainer.max_epochs=9")
+    assert calls[-1] == "fit" and shown.returncode == 1

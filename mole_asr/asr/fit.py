@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, We
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, distributed
 
 from mole_asr.arguments import check_seed, explain
 from mole_asr.asr.checkpoint import save_model
@@ -118,8 +118,10 @@ class ExportRecogniser(ExportModel):
     _examples: Mapping[str, Tensor] | None = None  # heard by `finish`
 
     def finish(self, trainer: Trainer, task: LightningModule) -> None:
-        """Gives a new language its threshold."""
+        """Gives a new language its threshold; all ranks hear what each could not read."""
         assert isinstance(task, MoleTask)
+        skipped: set[str] = trainer.datamodule.skipped  # type: ignore[attr-defined]
+        skipped.update(*_gather(skipped))
         if task.freeze_old:
             # A threshold changes no hidden vector: what is heard now is what will be written.
             self._examples = {**self._hear(trainer, task), **task.old_examples}
@@ -141,6 +143,15 @@ class ExportRecogniser(ExportModel):
         """Examples of each language of the validation data."""
         with trainer.precision_plugin.val_step_context():
             return hear_examples(task.model, trainer.datamodule.whole_validation())  # type: ignore[attr-defined]
+
+
+def _gather(mine: set[str]) -> list[set[str]]:
+    """Those of all ranks."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [mine]
+    gathered = [mine] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, mine)
+    return gathered
 
 
 def _count_ngrams(trainer: Trainer) -> dict[str, TokenNgram]:
@@ -259,7 +270,8 @@ class FitResult:
     """What a training leaves to say.
 
     Attributes:
-        failures: "id: reason" of each utterance that could not be read and was skipped.
+        failures: "id: reason" of each utterance that could not be read and was skipped, by any process, in this call
+            or in those that the run goes on from.
     """
 
     failures: list[str]
@@ -281,17 +293,18 @@ def fit(arguments: list[str]) -> FitResult:
         MoleError: the data cannot be trained on, or they or the sizes of the model do not fit the run to resume.
         KeyboardInterrupt: after Ctrl-C; the same command goes on from the last checkpoint.
     """
-    data = run(MoleCLI, MoleTask, SpeechDataModule, arguments)
-    assert isinstance(data, SpeechDataModule)
-    for failure in sorted(data.skipped):
+    done = run(MoleCLI, MoleTask, SpeechDataModule, arguments)
+    assert isinstance(done.datamodule, SpeechDataModule)
+    failures = sorted(done.datamodule.skipped) if done.trainer.is_global_zero else []  # it knows those of all ranks
+    for failure in failures:
         print(f"skipped {failure}", file=sys.stderr)
-    return FitResult(sorted(data.skipped))
+    return FitResult(failures)
 
 
 def run(
     cli: type[MoleCLI], task: type[LightningModule], data: type[LightningDataModule], arguments: list[str]
-) -> LightningDataModule:
-    """Trains with this command line, task and data, and returns the data; see `fit`."""
+) -> MoleCLI:
+    """Trains with this command line, task and data; see `fit`."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # below are devices and advertisements
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:
@@ -312,4 +325,4 @@ def run(
             if isinstance(end.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise
-    return done.datamodule
+    return done

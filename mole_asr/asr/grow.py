@@ -106,7 +106,7 @@ def grown_config(config: Config, languages: list[str], new_languages: list[str],
             )
         if name not in expert_names(config.expert_of, languages):
             known = ", ".join(dict.fromkeys(expert_names(config.expert_of, languages)))
-            raise MoleError(f"expert_of: the model has no expert {name!r}; it has {known}")
+            raise MoleError(f"--family: the model has no expert {name!r}; it has {known}")
         names[code] = name
     if all(code == name for code, name in names.items()):
         return config

@@ -102,7 +102,8 @@ def _count(recogniser: "Recogniser", manifest: "Manifest") -> RoutingLoads:
     frames = float(loads_LE["frame"].sum())
     if not frames:
         known = ", ".join(recogniser.languages)
-        raise MoleError(f"{manifest.path}: no readable utterance in a language of the model ({known})")
+        first = f"; {failures[0][1]}" if failures else ""
+        raise MoleError(f"{manifest.path}: no readable utterance in a language of the model ({known}){first}")
     mean = {unit: total / frames for unit, total in reliability.items()}
     return RoutingLoads(recogniser.languages, experts, loads_LE, mean, failures)
 

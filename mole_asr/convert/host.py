@@ -102,6 +102,17 @@ class Host(ABC):
     model: nn.Module
     failures: tuple[str, ...] = ()
 
+    def read_all(self, path: str, rows: int, seed: int) -> list[Any]:
+        """`read` for a measurement, which nothing may be missing from.
+
+        Raises:
+            MoleError: something cannot be read.
+        """
+        batches = self.read(path, rows, seed)
+        if self.failures:
+            raise MoleError(f"{path}: {self.failures[0]}")
+        return batches
+
     @abstractmethod
     def parts(self) -> dict[str, DensePart]:
         """The dense parts that can be sliced, by name, lowest first."""

@@ -112,7 +112,7 @@ class SpeechHost(Host):
         batches = [batch for batch in batches if batch.rows_B.min() >= 0]  # a stand-in has no row
         if not batches:
             raise MoleError(f"{path}: no readable utterance; {failures[0]}")
-        self.failures += failures
+        self.failures = tuple(dict.fromkeys(self.failures + failures))  # data and test may be the same
         return [batches[place] for place in rng.permutation(len(batches))]  # or the first would be the short ones
 
     def predict(self, batch: Batch) -> Prediction:
@@ -145,8 +145,8 @@ class SpeechHost(Host):
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load_model` reads; what else a model keeps comes along, another's goes."""
-        save_model(self.model, self.tokenizer, folder, load_examples(self.folder, self.model))
         save_ngrams(load_ngrams(self.folder, self.tokenizer.vocab_size), folder)
+        save_model(self.model, self.tokenizer, folder, load_examples(self.folder, self.model))
 
 
 def _is_dense(name: str, module: nn.Module) -> bool:

@@ -90,7 +90,7 @@ class TextHost(Host):
         languages = self.model.languages
         texts = {code: found for code, found in read_texts(path).items() if code in languages}
         if not texts:
-            raise MoleError(f"{path}: no text in a language of the model ({', '.join(languages[:8])}, ...)")
+            raise MoleError(f"{path}: no text in a language of the model ({', '.join(languages)})")
         rng = np.random.default_rng(seed)
         loaded = self.language_model
         drawn = {code: _draw(found, rows // len(texts) + 1, loaded.vocabulary, rng) for code, found in texts.items()}

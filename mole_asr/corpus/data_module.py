@@ -6,6 +6,7 @@ The order is `BatchPlan` (which rows) -> `SpeechDataset` (reads and augments the
 import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,10 +74,14 @@ class PlanLoader(PlacedLoader):
         keys = enumerate(batches)
         numbered = [(epoch, n * self.plan.world_size + self.rank, self.rows[places]) for n, places in keys]
         self._keys[:] = numbered[first:]
-        for batch in self._loader:
+        readable = bool(first)
+        for left, batch in zip(reversed(range(len(self._keys))), self._loader, strict=True):
             for reason in set(batch.skipped) - self.skipped:
                 log.warning("skipped %s", reason)
             self.skipped.update(batch.skipped)
+            readable |= int(batch.rows_B.min()) >= 0  # a stand-in has no row
+            if not left and not readable:  # nobody may ask for what comes behind the last batch
+                raise MoleError(f"{self.dataset.manifest.path}: no readable utterance; {batch.skipped[0]}")
             yield batch
 
 
@@ -177,6 +182,14 @@ class SpeechDataModule(LightningDataModule):
         for split in splits:
             if split not in self._datasets:
                 self._datasets[split], self.selections[split] = self._prepare(split)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on has to say at its end."""
+        return {"skipped": sorted(self.skipped)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.skipped.update(state_dict["skipped"])
 
     def train_dataloader(self) -> PlanLoader:
         """Batches of the current epoch that are still to come."""

@@ -1,6 +1,7 @@
 """The report of a run: figures as JSON, and a page with tables, training curves, routing and the worst utterances."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -55,7 +56,7 @@ def report(
     stats = _read_stats(Path(hypothesis).with_suffix(".stats.json"))
     result = score(reference, hypothesis, by="language", fold_accents=fold_accents, seed=seed)
     result = replace(result, seconds=stats.pop("seconds", None))
-    figures = {**result.to_dict(), "transcribe_seconds": result.seconds, **stats, "seconds": seconds}
+    figures = {**stats, **result.to_dict(), "transcribe_seconds": result.seconds, "seconds": seconds}
     write_text(Path(output) / "report.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     routing = _routing(model, reference) if model is not None else None
     write_text(Path(output) / "report.html", page(result, curves, routing))
@@ -70,7 +71,8 @@ def _read_stats(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise MoleError(f"{path}: cannot be read ({error}); delete it, or transcribe again") from None
-    if not isinstance(stats, dict) or not isinstance(stats.get("seconds", 0.0), int | float):
+    seconds = stats.get("seconds", 0.0) if isinstance(stats, dict) else None
+    if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
         raise MoleError(f"{path}: not the figures of a transcription; delete it, or transcribe again")
     return stats
 
@@ -83,6 +85,6 @@ def _routing(model: str | Path, reference: str | Path) -> Routing | None:
             raise MoleError(f"{reference}: no utterance")
         fitting = np.where(manifest.durations_s <= LONGEST_PICTURE_S, manifest.durations_s, -manifest.durations_s)
         return hear_languages(model, manifest[int(fitting.argmax())])
-    except MoleError as error:
+    except (MoleError, OSError) as error:
         print(f"no picture of the routing: {error}", file=sys.stderr)
         return None

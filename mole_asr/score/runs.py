@@ -39,7 +39,8 @@ def train(folder: Path, words: Sequence[str], extra: Sequence[str] = ()) -> floa
         Seconds of the training, those of interrupted attempts included.
 
     Raises:
-        MoleError: the folder holds a run of another configuration, or its training.json is damaged.
+        MoleError: the folder holds a run of another configuration, or its training.json is damaged; or a recording
+            could not be read.
     """
     from mole_asr.fit import fit
 
@@ -54,7 +55,10 @@ def train(folder: Path, words: Sequence[str], extra: Sequence[str] = ()) -> floa
     start, before = time.monotonic(), state["seconds"]
     _note(notes, state)  # before all, as a process may be killed
     try:
-        fit([*words, f"--output={folder}", *extra, *(["--trainer.enable_progress_bar=false"] if is_job() else [])])
+        bar = ["--trainer.enable_progress_bar=false"] if is_job() else []
+        failures = fit([*words, f"--output={folder}", *extra, *bar]).failures
+        if failures:  # a measurement of less than it says
+            raise MoleError(f"{folder}: trained without {len(failures)} recordings; mend them, remove the folder")
         state["done"] = True
     finally:
         state["seconds"] = before + time.monotonic() - start

@@ -2,7 +2,7 @@
 
 import torch
 
-from mole_asr.arguments import check_seed
+from mole_asr.arguments import check_at_least, check_seed
 from mole_asr.errors import MoleError
 from mole_asr.files import is_unicode
 from mole_asr.text.checkpoint import LanguageModel, load_text_model
@@ -28,9 +28,8 @@ def generate(
     Raises:
         MoleError: the model cannot be read, is an encoder, lacks letters of the prompt, or a number is out of range.
     """
-    for name, value, least in (("tokens", tokens, 0), ("temperature", temperature, 0), ("top_k", top_k, 1)):
-        if not value >= least:  # a temperature may be no number
-            raise MoleError(f"--{name} {value}: must be at least {least}")
+    check_at_least(0, tokens=tokens, temperature=temperature)
+    check_at_least(1, top_k=top_k)
     check_seed(seed)
     if not is_unicode(prompt):
         raise MoleError("prompt: is not UTF-8")

@@ -74,8 +74,8 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
         split: str(options.data / f"texts_{split}.jsonl" if model.kind == "text" else options.speech_data / name)
         for split, name in (("train", "cuts_train.jsonl"), ("test", "cuts_test.jsonl"))
     }
-    batches = host.read(data["train"], settings["rows"], seed)
-    tests = host.read(data["test"], settings["test_rows"], seed)
+    batches = host.read_all(data["train"], settings["rows"], seed)
+    tests = host.read_all(data["test"], settings["test_rows"], seed)
     bench = Bench(host, host.record(batches, CUT_ROWS), tests, ROUNDS)
     facts = {"model": model.name, **settings, **origin(HERE.parents[1])}
     if not results.select(model=model.name, **DENSE):

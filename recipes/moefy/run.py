@@ -88,7 +88,7 @@ def folder_of(model: Model, options: argparse.Namespace) -> Path:
 def training_data(model: Model, host: Host, options: argparse.Namespace) -> list[Any]:
     """Batches to adapt and to tune by."""
     rows = settings_of(model, options)["training_rows"]
-    return host.read(data_of(model, "train", options), rows, options.seeds[0] + 1)
+    return host.read_all(data_of(model, "train", options), rows, options.seeds[0] + 1)
 
 
 def host_of(model: Model, options: argparse.Namespace) -> Host:
@@ -121,8 +121,8 @@ def measure(model: Model, options: argparse.Namespace, results: ResultFile) -> N
     plain, tuned = lacking(model, options, results)
     steps = tuning_steps(model, options)
     host, seed, settings = host_of(model, options), options.seeds[0], settings_of(model, options)
-    rows = host.record(host.read(data_of(model, "train", options), settings["cut_rows"], seed))
-    tests = host.read(data_of(model, "test", options), settings["test_rows"], seed)
+    rows = host.record(host.read_all(data_of(model, "train", options), settings["cut_rows"], seed))
+    tests = host.read_all(data_of(model, "test", options), settings["test_rows"], seed)
     bench = Bench(host, rows, tests, ROUNDS)
     facts = {"model": model.name, **settings, **origin(HERE.parents[1])}
     if not _has(results, model, "dense", 1, tuned=0):

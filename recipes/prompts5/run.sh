@@ -83,11 +83,15 @@ if ! is_new "$tokenizer" "$DATA/cuts_train.jsonl"; then
 fi
 
 # 3. The training, nearly all of the time. Checkpoints and logs go to $OUT, the finished model to $OUT/model.
-if ! is_new "$model" "$tokenizer" "$DATA/cuts_train.jsonl" "$DATA/cuts_dev.jsonl" "$OUT/config.used" "$OUT/arguments"; then
+is_trained() {
+    is_new "$model" "$tokenizer" "$DATA/cuts_train.jsonl" "$DATA/cuts_dev.jsonl" "$OUT/config.used" "$OUT/arguments"
+}
+if ! is_trained; then
     say "3/5 fit: $OUT"
     if [ -e "$model" ] && ! [ -e "$checkpoint" ]; then SECONDS=0; fi # a finished run is trained anew
     mole-asr fit --config "$config" --output "$OUT" --data.train_manifest "$DATA/cuts_train.jsonl" \
-        --data.valid_manifest "$DATA/cuts_dev.jsonl" --data.tokenizer "$DATA/tokenizer" "$@"
+        --data.valid_manifest "$DATA/cuts_dev.jsonl" --data.tokenizer "$DATA/tokenizer" "$@" ||
+        is_trained # an utterance that had to be skipped is no reason to stop: it has been named
 fi
 
 # 4. The test split, whose prompts the model has heard in no language. It has to find the language by itself.

@@ -19,6 +19,7 @@ from mole_asr.cli import main
 from mole_asr.corpus.manifest import Manifest, write_manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.decode.ngram import load_ngrams
+from mole_asr.errors import MoleError
 
 
 def test_it_says_what_is_left_out_and_lightning_is_silent(command: Callable[..., list[str]]) -> None:
@@ -57,10 +58,36 @@ def test_a_missing_recording_is_skipped_and_named(
     utterances = list(manifest)
     utterances[3] = replace(utterances[3], audio_path=tmp_path / "gone.wav")
     write_manifest(utterances, tmp_path / "holed.jsonl")
-    assert main(["fit", *command(data__train_manifest=tmp_path / "holed.jsonl", trainer__max_epochs=1)]) == 1
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped ")]
-    assert line.startswith("skipped u3: ") and "gone.wav" in line
+    for _ in range(2):  # a run that is complete remembers
+        assert main(["fit", *command(data__train_manifest=tmp_path / "holed.jsonl", trainer__max_epochs=1)]) == 1
+        assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped ")]
+        assert line.startswith("skipped u3: ") and "gone.wav" in line
+
+
+def test_what_any_process_skips_is_named_by_the_first(
+    command: Callable[..., list[str]], tones: Path, tmp_path: Path
+) -> None:
+    utterances = list(Manifest(tones / "train.jsonl"))
+    utterances[3:7] = [replace(each, audio_path=tmp_path / "gone.wav") for each in utterances[3:7]]
+    write_manifest(utterances, tmp_path / "holed.jsonl")
+    words = command(data__train_manifest=tmp_path / "holed.jsonl", trainer__max_epochs=1, trainer__devices=2)
+    words.append("--trainer.strategy=ddp_find_unused_parameters_true")
+    shown = subprocess.run([sys.executable, "-m", "mole_asr.cli", "fit", *words], capture_output=True, text=True)
+    at_the_end = shown.stderr.partition("model written")[2].splitlines()[1:]
+    assert [line.split(":")[0] for line in at_the_end] == ["skipped u3", "skipped u4", "skipped u5", "skipped u6"]
+    assert shown.returncode == 1 and (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_no_training_on_what_is_not_there(
+    command: Callable[..., list[str]], tones: Path, tmp_path: Path, split: str
+) -> None:
+    gone = [replace(each, audio_path=tmp_path / "gone.wav") for each in Manifest(tones / f"{split}.jsonl")]
+    write_manifest(gone, tmp_path / "gone.jsonl")
+    with pytest.raises(MoleError, match=r"gone\.jsonl: no readable utterance; u\d+: .*gone\.wav"):
+        fit(command(**{f"data__{split}_manifest": tmp_path / "gone.jsonl"}))
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_ctrl_c_leaves_as_such(

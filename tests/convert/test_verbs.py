@@ -87,12 +87,14 @@ def test_what_cannot_be_read_is_skipped_and_named(
     for name, chosen in (("holed", [gone[0], *utterances[1:]]), ("empty", gone)):
         write_manifest(chosen, tmp_path / f"{name}.jsonl")
     words = ["convert", "factor", speech / "model", tmp_path / "out", "--slices", 4, "--steps", 2, "--data"]
-    assert run(*words, tmp_path / "holed.jsonl") == 1
+    assert run(*words, tmp_path / "holed.jsonl", "--test", tmp_path / "holed.jsonl") == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
     assert line.startswith("skipped 0: ") and "gone.wav" in line
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert run(*words, tmp_path / "empty.jsonl") == 1
     assert "empty.jsonl: no readable utterance; " in capsys.readouterr().err
+    with pytest.raises(MoleError, match=r"holed\.jsonl: 0: .*gone\.wav"):  # a measurement
+        open_host(speech / "model").read_all(str(tmp_path / "holed.jsonl"), 200, 0)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ ROUTING = Routing(
 def test_everything(files: tuple[Path, Path], logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # tests/asr/test_routing.py draws the picture of a model; torch stays out of here.
     monkeypatch.setattr("mole_asr.score.report._routing", lambda model, reference: ROUTING)
-    stats = {"audio_s": 45.0, "seconds": 9.0, "real_time_factor": 0.2, "parameters": 123}
+    stats = {"audio_s": 45.0, "seconds": 9.0, "real_time_factor": 0.2, "parameters": 123, "macro": "of a stranger"}
     files[1].with_suffix(".stats.json").write_text(json.dumps(stats))
     found = report(*files, tmp_path / "out", logs=logs, model="model", seconds=700)
     written = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -125,7 +125,7 @@ def test_times_that_are_not_known_are_null(files: tuple[Path, Path], tmp_path: P
     assert [written[key] for key in ("seconds", "transcribe_seconds", "real_time_factor")] == [None] * 3
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"seconds": "9"}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"seconds": "9"}', '{"seconds": NaN}', '{"seconds": -1}'])
 def test_bad_stats(files: tuple[Path, Path], tmp_path: Path, text: str) -> None:
     files[1].with_suffix(".stats.json").write_text(text)
     with pytest.raises(MoleError, match=r"hyp\.stats\.json"):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import mole_asr.fit
+from mole_asr.asr.fit import FitResult
 from mole_asr.errors import MoleError
 from mole_asr.score.runs import read_test_texts, recipe_parser, settings_of, train
 
@@ -29,9 +30,9 @@ class Fit:
     """Stands for a training: takes two seconds of its own clock, and writes a model unless it is cut off."""
 
     def __init__(self) -> None:
-        self.calls, self.now, self.fails = list[list[str]](), 0.0, False
+        self.calls, self.now, self.fails, self.skipped = list[list[str]](), 0.0, False, list[str]()
 
-    def __call__(self, words: list[str]) -> None:
+    def __call__(self, words: list[str]) -> FitResult:
         self.calls.append(words)
         self.now += 2
         if self.fails:
@@ -39,6 +40,7 @@ class Fit:
         folder = Path(words[-1].removeprefix("--output="))
         (folder / "model").mkdir(parents=True, exist_ok=True)
         (folder / "model" / "model.safetensors").touch()
+        return FitResult(self.skipped)
 
 
 @pytest.fixture
@@ -64,13 +66,21 @@ def test_a_training_goes_on_and_is_made_once(fit: Fit, config: Path, tmp_path: P
         train(folder, [words[0], "--data.seed=2"])
 
 
+def test_no_recipe_measures_a_training_that_lacks_something(fit: Fit, config: Path, tmp_path: Path) -> None:
+    fit.skipped = ["u3: gone.wav: no such audio file", "u4: cut short"]
+    for _ in range(2):  # nor when it is started again
+        with pytest.raises(MoleError, match="run: trained without 2 recordings"):
+            train(tmp_path / "run", [f"--config={config}"])
+
+
 def test_a_killed_training_is_known_by_its_settings(
     fit: Fit, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, seen = tmp_path / "run", dict[str, Any]()
 
-    def killed(words: list[str]) -> None:
+    def killed(words: list[str]) -> FitResult:
         seen.update(json.loads((folder / "training.json").read_text()))
+        return FitResult([])
 
     monkeypatch.setattr(mole_asr.fit, "fit", killed)
     train(folder, [f"--config={config}", "--data.seed=1"])

@@ -67,7 +67,7 @@ def test_seed_and_choice(folder: Path) -> None:
 
     assert drawn() == drawn() != drawn(seed=1)
     assert drawn(top_k=1) == drawn(temperature=0) == drawn(temperature=1e-5) == drawn(temperature=1e-39)
-    with pytest.raises(MoleError, match="top_k 0"):
+    with pytest.raises(MoleError, match="top-k 0"):
         generate(str(folder), "a", top_k=0)
 
 
