@@ -14,7 +14,7 @@ DISTRIBUTION = "mole-asr"
 REINSTALL = "in the folder of the source run `pip install -e .`"
 _PYTHONS = ((3, 11), (3, 13))
 # Modules that are not named like their packages.
-_MODULES = {"protobuf": "google.protobuf"}
+_MODULES = {"protobuf": "google.protobuf", "PyYAML": "yaml"}
 _CODECS = ("aac", "mp3", "opus", "vorbis", "flac", "amrnb", "g722")
 _SOUNDFILE_FORMATS = ("WAV", "FLAC", "OGG", "MP3")
 # CPUs without one of these compute bfloat16 in float32, and slowly.

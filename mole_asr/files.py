@@ -76,11 +76,21 @@ def check_output_folder(output: str | Path, model: str | Path) -> None:
         model: folder of the old one, which must stay.
 
     Raises:
-        MoleError: it is that of the old model, or a file, or in a file.
+        MoleError: it is that of the old model, or cannot be made.
     """
     if Path(output).resolve() == Path(model).resolve():
         raise MoleError(f"output {output}: is the old model; give another folder")
-    there = next(each for each in (Path(output), *Path(output).absolute().parents) if each.exists())
+    check_folder(output)
+
+
+def check_folder(output: str | Path) -> None:
+    """Refuses an output folder that cannot be made.
+
+    Raises:
+        MoleError: it is a file, or in one.
+    """
+    chain = (Path(output), *Path(output).absolute().parents)
+    there = next(each for each in chain if each.exists() or each.is_symlink())
     if not there.is_dir():
         raise MoleError(f"output {there}: is a file; give a folder")
 

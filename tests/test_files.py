@@ -43,11 +43,12 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(MoleError, match=r"/folder\.json: is a folder; give the name of a file"):
         write_text(tmp_path / "folder.json", "")
     (tmp_path / "file").touch()
-    for output in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
-        with pytest.raises(MoleError, match=r"output .*/file: is a file; give a folder"):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for output in (tmp_path / "file", tmp_path / "file" / "a" / "b", tmp_path / "link"):
+        with pytest.raises(MoleError, match=r"output .*/(file|link): is a file; give a folder"):
             check_output_folder(output, tmp_path / "model")
     check_output_folder(tmp_path / "new" / "a", tmp_path / "model")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.json", "link"]
 
 
 def test_a_full_disk_gives_one_line(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, We
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, distributed
+from torch import Tensor
 
 from mole_asr.arguments import check_seed, explain
 from mole_asr.asr.checkpoint import save_model
@@ -29,6 +29,7 @@ from mole_asr.audio.augment import AugmentConfig
 from mole_asr.corpus.data_module import SpeechDataModule
 from mole_asr.decode.ngram import TokenNgram, save_ngrams
 from mole_asr.errors import MoleError
+from mole_asr.files import check_folder
 
 MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -120,8 +121,7 @@ class ExportRecogniser(ExportModel):
     def finish(self, trainer: Trainer, task: LightningModule) -> None:
         """Gives a new language its threshold; all ranks hear what each could not read."""
         assert isinstance(task, MoleTask)
-        skipped: set[str] = trainer.datamodule.skipped  # type: ignore[attr-defined]
-        skipped.update(*_gather(skipped))
+        trainer.datamodule.gather_skipped()  # type: ignore[attr-defined]
         if task.freeze_old:
             # A threshold changes no hidden vector: what is heard now is what will be written.
             self._examples = {**self._hear(trainer, task), **task.old_examples}
@@ -143,15 +143,6 @@ class ExportRecogniser(ExportModel):
         """Examples of each language of the validation data."""
         with trainer.precision_plugin.val_step_context():
             return hear_examples(task.model, trainer.datamodule.whole_validation())  # type: ignore[attr-defined]
-
-
-def _gather(mine: set[str]) -> list[set[str]]:
-    """Those of all ranks."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [mine]
-    gathered = [mine] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, mine)
-    return gathered
 
 
 def _count_ngrams(trainer: Trainer) -> dict[str, TokenNgram]:
@@ -216,6 +207,7 @@ class MoleCLI(LightningCLI):
         """A trainer that logs, saves and exports under `output`."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         output = Path(config["output"])
+        check_folder(output)
         last = output / CHECKPOINT_FOLDER / "last.ckpt"
         if config["ckpt_path"] == "last" and last.is_file() and not zipfile.is_zipfile(last):
             raise MoleError(f"{last}: cannot be read, it is cut off; remove it to train anew")

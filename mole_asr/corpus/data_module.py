@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import distributed
 from torch.utils.data import DataLoader
 
 from mole_asr.arguments import check_once, check_seed
@@ -18,7 +19,7 @@ from mole_asr.audio.augment import AugmentConfig
 from mole_asr.audio.features import FRAME_SHIFT_S, SUBSAMPLING
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.batch_plan import BatchPlan, Selection, required_frames
-from mole_asr.corpus.dataset import BatchKey, LabelTable, SpeechDataset
+from mole_asr.corpus.dataset import BatchKey, LabelTable, SpeechDataset, read_whole
 from mole_asr.corpus.loader import PlacedLoader, place_of
 from mole_asr.corpus.manifest import Manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer
@@ -74,14 +75,10 @@ class PlanLoader(PlacedLoader):
         keys = enumerate(batches)
         numbered = [(epoch, n * self.plan.world_size + self.rank, self.rows[places]) for n, places in keys]
         self._keys[:] = numbered[first:]
-        readable = bool(first)
-        for left, batch in zip(reversed(range(len(self._keys))), self._loader, strict=True):
+        for batch in self._loader:
             for reason in set(batch.skipped) - self.skipped:
                 log.warning("skipped %s", reason)
             self.skipped.update(batch.skipped)
-            readable |= int(batch.rows_B.min()) >= 0  # a stand-in has no row
-            if not left and not readable:  # nobody may ask for what comes behind the last batch
-                raise MoleError(f"{self.dataset.manifest.path}: no readable utterance; {batch.skipped[0]}")
             yield batch
 
 
@@ -176,15 +173,24 @@ class SpeechDataModule(LightningDataModule):
         """Reads the manifests, tokenises the texts and leaves out what cannot be trained on.
 
         Raises:
-            MoleError: nothing is left of a manifest; the message counts the reasons.
+            MoleError: nothing is left of a manifest, and the message counts the reasons; or none of it can be read.
         """
         splits = ("valid",) if stage == "validate" else ("train", "valid")
         for split in splits:
             if split not in self._datasets:
                 self._datasets[split], self.selections[split] = self._prepare(split)
+                self._check_readable(split)
+
+    def gather_skipped(self) -> None:
+        """Lets every process know what the others could not read; all of them must call it."""
+        if distributed.is_available() and distributed.is_initialized():
+            gathered = [self.skipped] * distributed.get_world_size()
+            distributed.all_gather_object(gathered, self.skipped)
+            self.skipped.update(*gathered)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on has to say at its end."""
+        """What a run that goes on has to say at its end; Lightning asks all processes at once."""
+        self.gather_skipped()
         return {"skipped": sorted(self.skipped)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -250,6 +256,18 @@ class SpeechDataModule(LightningDataModule):
             first = ", ".join(manifest[row].id for row in selection.examples.values())
             log.warning("%s: %s (the first of each: %s)", self._path(split), selection, first)
         return SpeechDataset(manifest, labels, language_ids, config, self.seed), selection
+
+    def _check_readable(self, split: str) -> None:
+        """Refuses a split of which nothing can be read, as where a disk is missing."""
+        first = ""
+        for row in self.selections[split].rows:
+            utterance = self._datasets[split].manifest[row]
+            try:
+                read_whole(utterance)
+                return
+            except (MoleError, OSError) as error:
+                first = first or f"{utterance.id}: {error}"
+        raise MoleError(f"{self._path(split)}: no readable utterance; {first}")
 
     def _loader(self, split: str, place: Callable[[], tuple[int, int]], shared: bool = True) -> PlanLoader:
         """Batches of a split from a place on, those of this rank or, not `shared`, of all."""

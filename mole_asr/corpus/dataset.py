@@ -85,7 +85,7 @@ class SpeechDataset(Dataset[Batch]):
             rng = np.random.default_rng((self.seed, epoch, number, place))
             utterance = self.manifest[row]
             try:
-                audio_S = _read(utterance)
+                audio_S = read_whole(utterance)
             except (MoleError, OSError) as error:
                 skipped.append(f"{utterance.id}: {error}")
                 continue
@@ -96,7 +96,7 @@ class SpeechDataset(Dataset[Batch]):
         return collate(examples or [_silence()], skipped)
 
 
-def _read(utterance: Utterance) -> np.ndarray:
+def read_whole(utterance: Utterance) -> np.ndarray:
     """Audio float32[S] of an utterance.
 
     Raises:

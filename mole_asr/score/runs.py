@@ -58,7 +58,8 @@ def train(folder: Path, words: Sequence[str], extra: Sequence[str] = ()) -> floa
         bar = ["--trainer.enable_progress_bar=false"] if is_job() else []
         failures = fit([*words, f"--output={folder}", *extra, *bar]).failures
         if failures:  # a measurement of less than it says
-            raise MoleError(f"{folder}: trained without {len(failures)} recordings; mend them, remove the folder")
+            first = f"{failures[0]} (of {len(failures)})"
+            raise MoleError(f"{folder}: trained without recordings: {first}; mend them and remove the folder")
         state["done"] = True
     finally:
         state["seconds"] = before + time.monotonic() - start

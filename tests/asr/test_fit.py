@@ -73,10 +73,11 @@ def test_what_any_process_skips_is_named_by_the_first(
     write_manifest(utterances, tmp_path / "holed.jsonl")
     words = command(data__train_manifest=tmp_path / "holed.jsonl", trainer__max_epochs=1, trainer__devices=2)
     words.append("--trainer.strategy=ddp_find_unused_parameters_true")
-    shown = subprocess.run([sys.executable, "-m", "mole_asr.cli", "fit", *words], capture_output=True, text=True)
-    at_the_end = shown.stderr.partition("model written")[2].splitlines()[1:]
-    assert [line.split(":")[0] for line in at_the_end] == ["skipped u3", "skipped u4", "skipped u5", "skipped u6"]
-    assert shown.returncode == 1 and (tmp_path / "run" / "model" / "model.safetensors").exists()
+    for _ in range(2):  # a run that is complete remembers
+        shown = subprocess.run([sys.executable, "-m", "mole_asr.cli", "fit", *words], capture_output=True, text=True)
+        at_the_end = shown.stderr.partition("model written")[2].splitlines()[1:]
+        assert [line.split(":")[0] for line in at_the_end] == ["skipped u3", "skipped u4", "skipped u5", "skipped u6"]
+        assert shown.returncode == 1 and (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
@@ -87,7 +88,13 @@ def test_no_training_on_what_is_not_there(
     write_manifest(gone, tmp_path / "gone.jsonl")
     with pytest.raises(MoleError, match=r"gone\.jsonl: no readable utterance; u\d+: .*gone\.wav"):
         fit(command(**{f"data__{split}_manifest": tmp_path / "gone.jsonl"}))
-    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_folder_of_a_run_is_no_file(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(MoleError, match=r"output .*/run: is a file; give a folder"):
+        fit(command())
 
 
 def test_ctrl_c_leaves_as_such(

@@ -174,3 +174,15 @@ def test_curves_are_sparse_and_a_resumed_run_continues(logs: Path) -> None:
 def test_missing_inputs(tmp_path: Path, files: tuple[Path, Path]) -> None:
     with pytest.raises(MoleError, match=r"no metrics\.csv"):
         read_curves(tmp_path / "none")
+
+
+def test_a_picture_that_cannot_be_drawn_is_left_out(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreadable(reference: object) -> None:
+        raise OSError("File name too long")
+
+    monkeypatch.setattr("mole_asr.score.report.Manifest", unreadable)
+    report(*files, tmp_path / "out", model="model")
+    assert (tmp_path / "out" / "report.html").exists()
+    assert "no picture of the routing: File name too long" in capsys.readouterr().err
