@@ -110,7 +110,7 @@ class Host(ABC):
         """
         batches = self.read(path, rows, seed)
         if self.failures:
-            raise MoleError(f"{path}: {self.failures[0]}")
+            raise MoleError(f"{path}: {self.failures[0]}; mend it, as all of it is measured")
         return batches
 
     @abstractmethod
