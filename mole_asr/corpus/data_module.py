@@ -261,7 +261,7 @@ class SpeechDataModule(LightningDataModule):
         """Refuses a split of which nothing can be read, as where a disk is missing."""
         first = ""
         for row in self.selections[split].rows:
-            utterance = self._datasets[split].manifest[row]
+            utterance = self._manifest(split)[row]
             try:
                 read_whole(utterance)
                 return

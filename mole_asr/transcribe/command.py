@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mole_asr.errors import MoleError
-from mole_asr.files import atomic_path, write_text
+from mole_asr.files import atomic_path, check_folder, write_text
 from mole_asr.transcribe.transcript import Transcript
 from mole_asr.transcribe.writers import WRITERS
 
@@ -157,8 +157,8 @@ def transcribe(
 
 def _check_results(folder: Path | None, results: Iterable[Path]) -> None:
     """Before the work, that its results can be written."""
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise MoleError(f"output {folder}: is a file; give a folder")
+    if folder is not None:
+        check_folder(folder)
     for path in results:
         if path.is_dir():
             raise MoleError(f"{path}: is a folder, but a result of that name goes there; give another --output")

@@ -84,5 +84,6 @@ def test_a_missing_recording_is_skipped_and_reported(folder: Path, tmp_path: Pat
     assert [name for name, _ in found.failures] == ["gone"]
     assert "gone.wav" in str(found) and found.loads_LE["frame"][0].sum() == 0
     write_manifest([gone], tmp_path / "none.jsonl")
-    with pytest.raises(MoleError, match=r"none\.jsonl: no readable .* of the model \(de, en\); gone: "):
+    said = r"none\.jsonl: no readable utterance in a language of the model \(de, en\); gone: "
+    with pytest.raises(MoleError, match=said):
         routing(str(folder / "model"), str(tmp_path / "none.jsonl"))
