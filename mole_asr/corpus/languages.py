@@ -7,9 +7,6 @@ from mole_asr.errors import MoleError
 # The twelve that Post-MoE (Zheng et al., arXiv 2410.10626) calls major, by speakers and texts; all others are minor.
 MAJOR_LANGUAGES = ("ar", "de", "en", "es", "fr", "hi", "it", "ja", "ko", "pt", "ru", "zh")
 
-# Languages whose scripts put no space between words.
-WITHOUT_SPACES = frozenset({"bo", "dz", "ja", "km", "lo", "my", "th", "yue", "zh"})
-
 _CODE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 # ISO 639-1 codes of languages that recordings are likely to be in.

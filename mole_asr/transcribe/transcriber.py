@@ -16,7 +16,6 @@ from torch import Tensor
 from mole_asr.asr.generations import contemporaries
 from mole_asr.asr.text_search import BEAM
 from mole_asr.audio.segment import MAX_SECONDS
-from mole_asr.corpus.languages import WITHOUT_SPACES
 from mole_asr.corpus.normalize import normalize
 from mole_asr.decode.alignment import Tokenizer, align_words
 from mole_asr.decode.decoder import CtcDecoder, LmMode
@@ -42,12 +41,9 @@ _WINDOW_BATCHES = 4
 _FIRST_WINDOW = 1 / 16
 # Where no language is as likely as this, the attention head writes in each of the likeliest five.
 _SURE, _CANDIDATES = 0.98, 5
-# What a text says for its language: the logarithm of its probability a token, times this.
+# What a text says for its language: the logarithm of its probability a token, times this. Both were chosen on new
+# voices that recipes/whisper_mole does not score; its README says what they bring.
 _TEXT_WEIGHT = 10.0
-# What a text says against its language: words a second beyond the first number, times the second. A short clip is
-# easily written as many little words of a language that it is not in. All of these were chosen on new voices that
-# recipes/whisper_mole does not score; its README says what they bring.
-_CALM_WORDS, _HASTE_WEIGHT = 2.0, 2.0
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> "Transcriber":
@@ -268,8 +264,8 @@ class Transcriber:
     def _compare_languages(self, batch: list[Piece]) -> None:
         """Listens once more in each of the likeliest languages of a piece; the likeliest text tells which it is.
 
-        A posterior p becomes p x exp(what the text says for its language), among these languages; that of the language
-        chosen is the reliability.
+        A posterior p becomes p x exp(`_TEXT_WEIGHT` x log-probability of the text a token), among these languages;
+        that of the language chosen is the reliability. Words have a say where each of the languages has a list.
         """
         posterior_BN = np.stack([piece.heard.language_probabilities_N for piece in batch])
         order_BC = (-posterior_BN).argsort(axis=1, kind="stable")[:, :_CANDIDATES]
@@ -278,26 +274,14 @@ class Transcriber:
             prior_BC = np.log(np.take_along_axis(posterior_BN, order_BC, axis=1))
         for row, piece in enumerate(batch):
             candidates = [heard_B[row] for heard_B in heard_CB]
-            languages = [self.model.languages[language] for language in order_BC[row]]
-            score_C = prior_BC[row] + self._support_C(candidates, languages, piece.end_s - piece.start_s)
+            listed = all(self.model.languages[language] in self.words for language in order_BC[row])
+            said_C = np.array([each.score if listed else each.log_prob for each in candidates])
+            score_C = prior_BC[row] + _TEXT_WEIGHT * said_C
             share_C = np.exp(score_C - score_C.max())
             after_N = posterior_BN[row].copy()
             after_N[order_BC[row]] = after_N[order_BC[row]].sum() * share_C / share_C.sum()
             chosen, reliability = candidates[int(score_C.argmax())], float(after_N.max())
             piece.heard = replace(chosen, reliability=reliability, language_probabilities_N=after_N)
-
-    def _support_C(self, candidates: Sequence[Heard], languages: Sequence[str], seconds: float) -> np.ndarray:
-        """What texts [C] of a piece say for the languages that they are written in, as a logarithm.
-
-        `_TEXT_WEIGHT` x the log-probability a token, less `_HASTE_WEIGHT` x the words a second beyond `_CALM_WORDS`.
-        Word lists have a say where each of the languages has one, haste where each of them puts spaces between words.
-        """
-        listed = all(language in self.words for language in languages)
-        support_C = _TEXT_WEIGHT * np.array([each.score if listed else each.log_prob for each in candidates])
-        if any(language.partition("-")[0] in WITHOUT_SPACES for language in languages):
-            return support_C
-        words_C = np.array([len(each.words) for each in candidates])
-        return support_C - _HASTE_WEIGHT * np.maximum(0.0, words_C / seconds - _CALM_WORDS)
 
     # Not inference_mode: under autocast it casts every weight anew in each step of the text decoder.
     @torch.no_grad()

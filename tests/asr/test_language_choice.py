@@ -13,7 +13,6 @@ from hypothesis.extra.numpy import arrays
 
 from mole_asr.asr.pretrained import PretrainedModel
 from mole_asr.corpus.batch import Batch
-from mole_asr.corpus.normalize import normalize
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.decode.word import Word
 from mole_asr.decode.words import WordList
@@ -56,9 +55,7 @@ def test_where_the_language_is_unsure_the_likeliest_text_tells_it(
             with torch.no_grad():
                 told = model(torch.from_numpy(wave)[None], torch.tensor([len(wave)]), torch.tensor([n]))
                 (written,) = head.write(told.memory_BTD, told.frames.lengths_B, torch.tensor([n]))
-            words = normalize(written.text, code).split()
-            haste = max(0.0, len(words) / (len(wave) / 16000) - 2.0)
-            scores[code] = math.log(before.language_probabilities[code]) + weight * written.log_prob - 2.0 * haste
+            scores[code] = math.log(before.language_probabilities[code]) + weight * written.log_prob
         best = max(scores, key=scores.__getitem__)
         (told_best,) = listener.transcribe(wave, language=best)
         assert (after.language, after.text) == (best, told_best.text)
@@ -89,38 +86,6 @@ def test_languages_are_compared_by_words_where_all_have_a_list(
         listener._compare_languages([piece])
         assert piece.heard.language_probabilities_N.argmax() == best
         assert piece.heard.score == scores[best]
-
-
-@pytest.mark.parametrize(
-    ("others", "seconds", "best"),
-    [
-        pytest.param(3, 1.5, 0, id="two words a second are nothing to be wondered at"),
-        pytest.param(4, 1.5, 1, id="many little words speak against a language"),
-        pytest.param(1, 0.2, 0, id="one word does not, however short: five a second in each"),
-    ],
-)
-def test_many_little_words_speak_against_a_language(
-    model: PretrainedModel,
-    tokenizer: TextTokenizer,
-    monkeypatch: pytest.MonkeyPatch,
-    others: int,
-    seconds: float,
-    best: int,
-) -> None:
-    listener, posterior_N = Transcriber(model, tokenizer), np.full(len(LANGUAGES), 1 / len(LANGUAGES))
-    word = Word("a", 0.0, 0.1, 1.0)
-
-    def listen(batch: list[Piece], languages: list[int]) -> list[Heard]:
-        return [Heard([word] * (others if n == 0 else 1), 0.5, posterior_N, -1.0 - 0.05 * n) for n in languages]
-
-    monkeypatch.setattr(listener, "_listen", listen)
-    piece = Piece(np.zeros(1), 10.0, 10.0 + seconds, Heard([], 0.5, posterior_N))
-    listener._compare_languages([piece])
-    assert piece.heard.language_probabilities_N.argmax() == best
-    model.languages = (*LANGUAGES[:-1], "zh")  # of one word, whatever it says
-    piece.heard = Heard([], 0.5, posterior_N)
-    listener._compare_languages([piece])
-    assert piece.heard.language_probabilities_N.argmax() == 0
 
 
 def test_a_prior_is_learnt_from_all_pieces() -> None:
