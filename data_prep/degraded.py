@@ -44,7 +44,7 @@ def prepare(manifest: str | Path, output: str | Path, kind: str = "noise") -> Pr
 
     Raises:
         MoleError: an unknown kind, a manifest that cannot be read, one without any utterance that can, or without two
-            where noise needs others.
+            where noise needs others; or a copy would replace what it is made of.
     """
     kinds: dict[str, Callable[[Manifest, int, np.ndarray, np.random.Generator], np.ndarray]]
     kinds = {"noise": _in_noise, "telephone": _over_telephone}
@@ -86,7 +86,12 @@ def _paths(source: Manifest, output: Path) -> dict[str, Path]:
         other = owners.setdefault(utterance.id.replace("/", "_"), utterance.id)
         if other != utterance.id:
             raise MoleError(f"{source.path}: the ids {other!r} and {utterance.id!r} name one file; change one of them")
-    return {id: folder / f"{name}.wav" for name, id in owners.items()}
+    paths = {id: folder / f"{name}.wav" for name, id in owners.items()}
+    originals = {utterance.audio_path.resolve() for utterance in source}
+    for path in paths.values():
+        if path.resolve() in originals:
+            raise MoleError(f"{path}: is a recording of {source.path}, and a copy would replace it; give another name")
+    return paths
 
 
 def _readable(source: Manifest) -> tuple[np.ndarray, list[str]]:

@@ -1,9 +1,9 @@
 """Your own recordings: audio files with a `.txt` beside each, or a table that names them.
 
 A folder: `hello.wav` with `hello.txt` beside it, in UTF-8. The language is the name of the innermost folder that is a
-language code (`recordings/en/hello.wav`), up to the given folder, or else it is given. A table (`.tsv`, `.csv` with a
-header line, or `.jsonl`): columns path, text, and where wanted language, speaker, split (train, dev, test); paths are
-relative to the table.
+language code (`recordings/en/hello.wav`), or else it is given, or else the name of the given folder. A table (`.tsv`,
+`.csv` with a header line, or `.jsonl`): columns path, text, and where wanted language, speaker, split (train, dev,
+test); paths are relative to the table.
 """
 
 import csv
@@ -23,6 +23,9 @@ from mole_asr.errors import MoleError
 from mole_asr.files import is_unicode
 
 _EXPECTED = "give a folder of audio files with a .txt beside each, or a .tsv, .csv or .jsonl table (path, text, ...)"
+
+
+_COLUMNS = ("path", "text", "language", "speaker", "split")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,8 @@ def prepare(
         source: a folder of audio files with a `.txt` beside each, or a table (`.tsv`, `.csv`, `.jsonl`) with the
             columns path, text, and where wanted language, speaker, split.
         output: folder to write.
-        language: code of the language of all recordings that name none themselves.
+        language: code of the language of all recordings that name none themselves, by a folder below `source` or in
+            the table.
         dev_percent: share of the texts for the dev split. Splits go by a hash of the text, so that the same sentence
             is never in two of them.
         test_percent: share of the texts for the test split.
@@ -107,9 +111,10 @@ def _folder_items(folder: Path, language: str | None) -> Iterator[_Item]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in AUDIO_SUFFIXES or path.name.startswith("."):
             continue
-        # Innermost first, up to the given folder; what stands above it says nothing of the recordings.
-        parents = [*reversed(path.relative_to(folder).parent.parts), folder.absolute().name]
-        found = next((name for name in parents if is_known_language(name)), language)
+        # Innermost first; what stands above the given folder says nothing of the recordings.
+        parents = path.relative_to(folder).parent.parts[::-1]
+        outermost = folder.absolute().name if language is None else language
+        found = next((name for name in (*parents, outermost) if name == language or is_known_language(name)), None)
         if found is None:
             raise MoleError(f"{path}: of which language? Give --language, or name a parent folder by its code")
         yield _Item(path, path.relative_to(folder).with_suffix("").as_posix(), path.with_suffix(".txt"), found)
@@ -119,8 +124,10 @@ def _table_items(table: Path, language: str | None) -> Iterator[_Item]:
     """The rows of a table; raises MoleError at the first malformed one."""
     for line, row in _table_rows(table):
         where = f"{table}, row {line}"
+        if None in row:
+            raise MoleError(f"{where}: it has more cells than the header; put a text with commas between quotes")
         if not row.get("path") or row.get("text") is None:
-            raise MoleError(f"{where}: it needs a path and a text; columns are path, text, language, speaker, split")
+            raise MoleError(f"{where}: it needs a path and a text; columns are {', '.join(_COLUMNS)}")
         row_language = row.get("language") or language
         if not row_language:
             raise MoleError(f"{where}: of which language? Give --language or a column language")
@@ -150,16 +157,20 @@ def _table_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
             elif table.suffix == ".tsv":
                 yield from enumerate(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1)
             else:
-                yield from enumerate(csv.DictReader(file), 1)
+                yield from enumerate(csv.DictReader(file, strict=True), 1)
     except (OSError, ValueError, AttributeError, csv.Error) as error:
         raise MoleError(f"{table}: the table cannot be read ({error})") from None
 
 
 def _parse_row(line: str, where: str) -> dict[str, str]:
     try:
-        row = {key: str(value) for key, value in json.loads(line).items() if value is not None}
+        values = {key: value for key, value in json.loads(line).items() if value is not None}
     except (ValueError, AttributeError, RecursionError):
         raise MoleError(f"{where}: is no JSON object") from None
+    for key, value in values.items():
+        if isinstance(value, bool | list | dict) and key in _COLUMNS:
+            raise MoleError(f"{where}: its {key} is {value!r}, no text")
+    row = {key: str(value) for key, value in values.items()}
     if not all(map(is_unicode, row.values())):
         raise MoleError(f"{where}: holds half a surrogate pair, which no file can")
     return row

@@ -24,7 +24,7 @@ import numpy as np
 
 from mole_asr.corpus.manifest import Manifest, Utterance
 from mole_asr.data_prep.clips import Clip, decode, store
-from mole_asr.data_prep.output import manifest_path, write_corpus
+from mole_asr.data_prep.output import PrepareResult, manifest_path, print_skipped, write_corpus
 from mole_asr.errors import MoleError
 
 ENGINES = ("espeak-ng", "pico")
@@ -77,7 +77,9 @@ class _Job:
     reading: Reading
 
 
-def prepare(manifest: str | Path, output: str | Path, copies: int = 1, engines: Sequence[str] = ENGINES) -> None:
+def prepare(
+    manifest: str | Path, output: str | Path, copies: int = 1, engines: Sequence[str] = ENGINES
+) -> PrepareResult:
     """Has the texts of a train manifest read by synthetic voices.
 
     Writes `cuts_train.jsonl`, the audio (`audio/`) and the list of what was left out (`left_out.tsv`). To train on
@@ -89,6 +91,9 @@ def prepare(manifest: str | Path, output: str | Path, copies: int = 1, engines: 
         output: folder to write.
         copies: how often each text is read, each time by a voice of its own.
         engines: which synthesizers: espeak-ng, pico.
+
+    Returns:
+        How many readings were written, and those that failed.
 
     Raises:
         MoleError: an unknown or missing engine, no copies, or a manifest that cannot be read.
@@ -104,13 +109,15 @@ def prepare(manifest: str | Path, output: str | Path, copies: int = 1, engines: 
     with ThreadPoolExecutor(_PROGRAMS_AT_ONCE) as pool:
         results = list(pool.map(partial(_store, output=output), jobs))
     utterances = [result for result in results if isinstance(result, Utterance)]
-    for job, result in zip(jobs, results, strict=True):
-        if isinstance(result, MoleError):
-            if not utterances:
-                raise result
-            left_out.append((job.utterance.language, job.utterance.id, str(result)))
+    failed = [(job.utterance, each) for job, each in zip(jobs, results, strict=True) if isinstance(each, MoleError)]
+    if not utterances:
+        raise failed[0][1]
+    left_out += [(utterance.language, utterance.id, str(error)) for utterance, error in failed]
     write_corpus(output, {"train": utterances}, left_out)
     _print_summary(utterances, len(left_out))
+    failures = [f"{utterance.id}: {error}" for utterance, error in failed]
+    print_skipped(failures)
+    return PrepareResult({"train": len(utterances)}, failures)
 
 
 def choose(name: str, language: str, engines: Sequence[str]) -> Reading:

@@ -33,7 +33,9 @@ VERBS = {
     "prepare degraded": Verb(
         "mole_asr.data_prep.degraded:prepare", "a noisy or telephone-band copy of a test set", prints=False
     ),
-    "prepare synthetic": Verb("mole_asr.data_prep.synthetic:prepare", "train texts read by synthetic voices"),
+    "prepare synthetic": Verb(
+        "mole_asr.data_prep.synthetic:prepare", "train texts read by synthetic voices", prints=False
+    ),
     "prepare words": Verb("mole_asr.data_prep.words:prepare", "lists of usual words, for a text decoder"),
     "prepare texts": Verb("mole_asr.data_prep.texts:prepare", "fetch and prepare texts in 78 languages"),
     "tokenizer train": Verb("mole_asr.corpus.text_tokenizer:train_tokenizer", "train a text tokenizer on a manifest"),

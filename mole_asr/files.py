@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from zlib import crc32
 
 from safetensors import SafetensorError
 
@@ -33,7 +34,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two processes or threads that write the same file must not meet.
     writer = f"{os.getpid()}-{threading.get_ident()}"
-    temporary = path.with_name(f".{path.stem}.{writer}.part{path.suffix}")
+    # Short, as the file's own name may be as long as names can be.
+    temporary = path.with_name(f".{crc32(os.fsencode(path.name)):08x}.{writer}.part{path.suffix}")
     try:
         yield temporary
         if stat.S_IMODE(temporary.stat().st_mode) == 0o600:  # safetensors' files are for their owner alone

@@ -23,6 +23,12 @@ def test_two_threads_may_write_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt").read_text() in ("one", "two")
 
 
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
+    name = "あ" * 83 + ".txt"  # 253 bytes
+    write_text(tmp_path / name, "x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_others_may_read_what_a_library_made_private(tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
     with atomic_path(tmp_path / "a.safetensors") as temporary:

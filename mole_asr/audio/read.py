@@ -38,7 +38,9 @@ _BLOCK_S = 60.0
 _UNKNOWN_LENGTH = 1 << 48
 # A resampling kernel has (old rate x new rate / gcd^2) taps: odd rates are replaced by one at most 0.1 % away.
 _MAX_RATIO_TERM = 1000
-_MIN_RATE_HZ = 1000  # what claims less is no recording of speech, and no header to be believed
+# What claims another rate is no recording of speech, and no header to be believed.
+_MIN_RATE_HZ, _MAX_RATE_HZ = 1000, 768_000
+_LOUDEST = 1e10  # full scale is 1, or 2^31 where integers were stored as floats; the power of garbage is infinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ def read_audio(
         float32 [S], full scale is 1; several channels are averaged.
 
     Raises:
-        MoleError: no such file, not audio, no sample in the part asked for, or samples that are no numbers.
+        MoleError: no such file, not audio, no sample in the part asked for, or samples that are no sound.
     """
     path = Path(path)
     try:
@@ -83,9 +85,16 @@ def read_audio(
     if audio_S.size == 0:
         where = f" at or after {start_s:g} s; the file is shorter than that" if start_s else ""
         raise MoleError(f"{path}: holds no sound{where}")
-    if not np.isfinite(audio_S).all():
-        raise MoleError(f"{path}: holds samples that are NaN or infinite; export the recording again")
+    if not is_sound(audio_S):
+        raise MoleError(
+            f"{path}: holds samples that are NaN, infinite or beyond all bounds; export the recording again"
+        )
     return resample(audio_S, file_rate_hz, sampling_rate_hz)
+
+
+def is_sound(audio_S: np.ndarray) -> bool:
+    """Whether all samples are numbers, and of a size that sound has."""
+    return bool(np.abs(audio_S).max(initial=0.0) <= _LOUDEST)  # a comparison with NaN is false
 
 
 def probe(path: str | Path) -> AudioInfo:
@@ -119,7 +128,7 @@ def resample(audio_S: np.ndarray, old_rate_hz: int, new_rate_hz: int) -> np.ndar
         new_rate_hz: the rate of the result.
 
     Returns:
-        float32 [ceil(S x new / old)]; the very same array if the rates are equal.
+        float32 [ceil(S x new / old)]; the very same array if the rates are equal, or 0.1 % apart.
     """
     if old_rate_hz == new_rate_hz:
         return audio_S
@@ -127,6 +136,8 @@ def resample(audio_S: np.ndarray, old_rate_hz: int, new_rate_hz: int) -> np.ndar
 
     ratio = Fraction(old_rate_hz, new_rate_hz).limit_denominator(_MAX_RATIO_TERM)
     old, new = ratio.numerator, ratio.denominator
+    if old == new:
+        return audio_S
     resampler = _resampler(old, new)
     # Chunks start at multiples of `old`, where the output has a sample at the same instant.
     chunk = old * max(1, round(_BLOCK_S * old_rate_hz / old))
@@ -179,9 +190,11 @@ def _open_soundfile(path: Path, end_s: float | None = None) -> soundfile.SoundFi
     if sound.frames > _UNKNOWN_LENGTH or is_guessed:
         sound.close()
         raise soundfile.SoundFileError("unknown length")
-    if sound.samplerate < _MIN_RATE_HZ:
+    if not _MIN_RATE_HZ <= sound.samplerate <= _MAX_RATE_HZ:
         sound.close()
-        raise MoleError(f"{path}: has a sampling rate of {sound.samplerate} Hz; give at least {_MIN_RATE_HZ}")
+        raise MoleError(
+            f"{path}: has a sampling rate of {sound.samplerate} Hz; give {_MIN_RATE_HZ} to {_MAX_RATE_HZ} Hz"
+        )
     return sound
 
 
@@ -207,6 +220,8 @@ def _read_soundfile(sound: soundfile.SoundFile, path: Path, start_s: float, dura
         return np.concatenate(blocks)
     except soundfile.SoundFileError as error:
         raise MoleError(f"{path}: broken audio file: {_one_line(error)}") from None
+    except MemoryError:
+        raise MoleError(f"{path}: claims to hold {count} samples, more than fit into the memory") from None
 
 
 def _read_av(path: Path, start_s: float, duration_s: float | None) -> tuple[np.ndarray, int]:

@@ -9,12 +9,14 @@ MAJOR_LANGUAGES = ("ar", "de", "en", "es", "fr", "hi", "it", "ja", "ko", "pt", "
 
 _CODE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
-# ISO 639-1 codes of languages that recordings are likely to be in.
+# ISO 639-1 codes of languages that recordings are likely to be in (and yue, which has none), but for those that folders
+# are likely to be called for other reasons (av, cv, na, to).
 _KNOWN = frozenset(
     """
-    af am ar as az be bg bn br bs ca cs cy da de el en eo es et eu fa fi fr fy ga gd gl gu ha he hi hr hu hy id ig
-    is it ja ka kk km kn ko ky lb lo lt lv mi mk ml mn mr ms mt my ne nl no oc or pa pl ps pt rm ro ru rw sd si sk
-    sl sn so sq sr sv sw ta te tg th tk tl tr tt ug uk ur uz vi wo xh yi yo zh zu
+    af ak am ar as az ba be bg bm bn bo br bs ca ce cs cy da de dv ee el en eo es et eu fa ff fi fo fr fy ga gd gl gn
+    gu ha he hi hr ht hu hy id ig is it ja jv ka kg ki kk km kn ko ku ky lb lg ln lo lt lv mg mi mk ml mn mr ms mt my
+    nb ne nl nn no nv ny oc or pa pl ps pt qu rm ro ru rw sd si sk sl sn so sq sr ss st su sv sw ta te tg th ti tk tl
+    tn tr ts tt tw ug uk ur uz ve vi wo xh yi yo yue zh zu
     """.split()  # noqa: SIM905 (a hundred lines otherwise)
 )
 

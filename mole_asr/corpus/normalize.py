@@ -13,6 +13,8 @@ _JOINERS = "\u200c\u200d"  # within Persian and Indic words they are spelling; e
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _DECIMAL_POINT = frozenset({"en", "he", "ja", "ko", "th", "zh"})  # here 1,000.5; elsewhere 1.000,5
 _BROKEN = frozenset({"am"})  # num2words never returns for some Amharic numbers
+# num2words reads fractions of these wrongly (2.05 as 2.5, or as two point four); they are read digit by digit.
+_POINTS = {"bn": "দশমিক", "fa": "ممیز", "tr": "virgül"}
 _MAX_DIGITS = 9  # a longer number is a telephone number or the like: digit by digit
 
 
@@ -36,8 +38,9 @@ def normalize(text: str, language: str, fold_accents: bool = False) -> str:
     text = _spell_numbers(text.lower(), language)
     inner = _INNER_SIGNS.get(language.split("-")[0], "'") + _JOINERS
     kept = [c if _is_word_character(c) or _joins(text, i, inner) else " " for i, c in enumerate(text)]
-    text = " ".join("".join(kept).split())
-    return without_accents(text) if fold_accents else unicodedata.normalize("NFC", text)
+    text = "".join(kept)
+    text = without_accents(text) if fold_accents else unicodedata.normalize("NFC", text)
+    return " ".join(text.split())
 
 
 def without_accents(text: str) -> str:
@@ -95,7 +98,11 @@ def _number_words(number: str, code: str) -> str:
     from num2words import num2words
 
     whole, _, fraction = number.partition(".")
-    if len(whole) <= _MAX_DIGITS and (len(whole) == 1 or whole[0] != "0") and len(fraction) <= 6:
-        with suppress(KeyError):  # some languages of num2words have a hole, such as Hungarian 3.14159
+    digits = [num2words(int(digit), lang=code) for digit in whole + fraction]
+    if code in _POINTS and fraction.strip("0"):
+        return " ".join([_number_words(whole, code), _POINTS[code], *digits[len(whole) :]])
+    is_tiny = 0 < float(number) < 1e-4  # Python writes 1e-05, which num2words cannot read
+    if not is_tiny and len(whole) <= _MAX_DIGITS and (len(whole) == 1 or whole[0] != "0") and len(fraction) <= 6:
+        with suppress(KeyError, ValueError, IndexError):  # num2words has holes, such as Hungarian 3.14159
             return num2words(float(number) if fraction.strip("0") else int(whole), lang=code)
-    return " ".join(num2words(int(digit), lang=code) for digit in whole + fraction)
+    return " ".join(digits)

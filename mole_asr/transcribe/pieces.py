@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mole_asr.audio.read import SAMPLING_RATE_HZ, read_audio
+from mole_asr.audio.read import SAMPLING_RATE_HZ, is_sound, read_audio
 from mole_asr.audio.segment import speech_segments
 from mole_asr.decode.word import Word
 from mole_asr.errors import MoleError
@@ -87,8 +87,10 @@ def read_input(item: Input, index: int) -> tuple[str, np.ndarray]:
         return name, read_audio(item)
     if not isinstance(item, np.ndarray):
         return name, item.read()
-    if item.ndim != 1 or item.size == 0 or item.dtype.kind != "f" or not np.isfinite(item).all():
-        raise MoleError(f"input {index}: give finite float samples [S], not {item.dtype} {list(item.shape)}")
+    if item.ndim != 1 or item.size == 0 or item.dtype.kind != "f" or not is_sound(item):
+        raise MoleError(
+            f"input {index}: give finite float samples [S] of full scale 1, not {item.dtype} {list(item.shape)}"
+        )
     return name, item.astype(np.float32, copy=False)
 
 

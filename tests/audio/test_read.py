@@ -144,9 +144,10 @@ def test_an_odd_rate_needs_no_huge_kernel() -> None:
 
 
 def test_bad_files_are_named_in_one_line(tmp_path: Path) -> None:
-    nan_S = melody(16000)
-    nan_S[7] = np.nan
-    soundfile.write(tmp_path / "nan.wav", nan_S, 16000, subtype="FLOAT")
+    for name, garbage in (("nan", np.nan), ("huge", 1e20)):  # whose power is infinite
+        bad_S = melody(16000)
+        bad_S[7] = garbage
+        soundfile.write(tmp_path / f"{name}.wav", bad_S, 16000, subtype="FLOAT")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0, np.float32), 16000)
     (tmp_path / "zero.wav").write_bytes(b"")
     (tmp_path / "zero.g722").write_bytes(b"")
@@ -158,13 +159,13 @@ def test_bad_files_are_named_in_one_line(tmp_path: Path) -> None:
         frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    names = ["nan", "empty", "zero", "text", "folder", "missing"]
+    names = ["nan", "huge", "empty", "zero", "text", "folder", "missing"]
     for name in [*(f"{name}.wav" for name in names), "noise.m4a", "video.mp4", "zero.g722"]:
         with pytest.raises(MoleError) as caught:
             read_audio(tmp_path / name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
-        if name != "nan.wav":
+        if name not in ("nan.wav", "huge.wav"):
             with pytest.raises(MoleError, match=name):
                 probe(tmp_path / name)
     soundfile.write(tmp_path / "short.wav", melody(16000), 16000)
@@ -248,6 +249,20 @@ def test_names_and_rates_that_no_library_takes(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "slow.wav", melody(16000), 7)
     with pytest.raises(MoleError, match=r"slow\.wav: has a sampling rate of 7 Hz"):
         read_audio(tmp_path / "slow.wav")
+    soundfile.write(tmp_path / "fast.wav", melody(16000), 1_392_524_928)
+    with pytest.raises(MoleError, match=r"fast\.wav: has a sampling rate of 1392524928 Hz; give 1000 to 768000 Hz"):
+        read_audio(tmp_path / "fast.wav")
+    soundfile.write(tmp_path / "near.wav", melody(16000), 16001)
+    assert np.allclose(read_audio(tmp_path / "near.wav"), melody(16000), atol=1e-4)
+
+
+def test_a_header_that_claims_too_much_is_no_reason_to_fail(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", melody(16000), 16000)
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    content[21:26] = bytes([content[21] | 0x0F, 255, 255, 255, 255])  # 2^36 - 1 samples
+    (tmp_path / "a.flac").write_bytes(content)
+    with pytest.raises(MoleError, match=r"a\.flac: claims to hold 68719476735 samples"):
+        read_audio(tmp_path / "a.flac")
 
 
 def test_reading_at_the_right_rate_imports_no_torch(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import unicodedata
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from num2words import CONVERTER_CLASSES
 
 from mole_asr.corpus.normalize import normalize
 
@@ -95,10 +96,23 @@ def test_digits_are_spelled(language: str, expected: str) -> None:
         ("1" * 12, "en", " ".join(["one"] * 12)),
         ("7", "pt-BR", "sete"),
         ("0,1234", "hu", "nulla egy kettő három négy"),  # num2words fails
+        ("0,00005", "ru", "ноль ноль ноль ноль ноль пять"),
+        ("0.000001", "ar", "صفر صفر صفر صفر صفر صفر واحد"),
+        ("2.05", "tr", "iki virgül sıfır beş"),  # num2words says 2.4
+        ("2.0", "tr", "iki"),
+        ("12.05", "bn", "বারো দশমিক শূন্য পাঁচ"),
+        ("2.05", "fa", "دو ممیز صفر پنج"),
     ],
 )
 def test_numbers(text: str, language: str, expected: str) -> None:
     assert normalize(text, language) == expected
+
+
+@pytest.mark.parametrize("language", sorted(set(CONVERTER_CLASSES) - {"am"}))
+def test_decimals_that_differ_are_read_differently(language: str) -> None:
+    code = language.replace("_", "-")
+    texts = [normalize(f"{value:.2f}", code) for value in (0.01, 0.05, 0.1, 0.28, 0.29, 0.5, 2.05, 2.5)]
+    assert len(set(texts)) == len(texts)
 
 
 @pytest.mark.parametrize(

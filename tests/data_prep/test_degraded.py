@@ -114,6 +114,13 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(MoleError, match="would replace"):
         degraded.prepare(source, tmp_path / "sub" / ".." / source.name, "telephone")
     first = Manifest(source)[0]
+    (tmp_path / "speech").mkdir()
+    (tmp_path / "0.flac").rename(tmp_path / "speech" / "u_0.wav")
+    write_manifest([replace(first, audio_path=tmp_path / "speech" / "u_0.wav")], tmp_path / "one.jsonl")
+    with pytest.raises(
+        MoleError, match=r"speech/u_0\.wav: is a recording of .*one\.jsonl, and a copy would replace it"
+    ):
+        degraded.prepare(tmp_path / "one.jsonl", tmp_path / "speech.jsonl", "telephone")
     write_manifest([first, replace(first, id="u_0")], tmp_path / "two.jsonl")
     with pytest.raises(MoleError, match="the ids 'u/0' and 'u_0' name one file"):
         degraded.prepare(tmp_path / "two.jsonl", tmp_path / "a.jsonl", "telephone")

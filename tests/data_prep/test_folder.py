@@ -57,8 +57,9 @@ def test_the_innermost_language_folder_wins(tmp_path: Path) -> None:
     with pytest.raises(MoleError, match=r"a\.wav: of which language"):  # what is above the folder does not count
         prepare(source, tmp_path / "out")
     (source / "a.wav").unlink()
-    prepare(source / "fr", tmp_path / "out")
-    assert rows(tmp_path / "out")["x_c"][1].language == "fr"
+    for given, heard in ((None, "fr"), ("es", "es")):  # what is given says more than the name of the folder given
+        prepare(source / "fr", tmp_path / "out", language=given)
+        assert {id: row.language for id, (_, row) in rows(tmp_path / "out").items()} == {"en_b": "en", "x_c": heard}
 
 
 def test_unusable_recordings_are_named_and_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,6 +137,10 @@ def test_the_same_text_is_never_in_two_splits(tmp_path: Path) -> None:
         ("t.csv", "path,text,language\na.wav,x,English\n", "t.csv, row 1: 'English' is no language code"),
         ("t.csv", "path,text,language\n.,x,en\n", "t.csv, row 1: '.' is no file"),
         ("t.csv", "path,text,language,split\na.wav,x,en,valid\n", "'valid' is no split"),
+        ("t.csv", "path,text\na.wav,hello, my world\n", "t.csv, row 1: it has more cells than the header"),
+        ("t.tsv", "path\ttext\na.wav\thello\tworld\n", "t.tsv, row 1: it has more cells than the header"),
+        ("t.csv", 'path,text,language\na.wav,"x,en\nb.wav,y,en\n', "t.csv: the table cannot be read"),
+        ("t.jsonl", '{"path": "a.wav", "text": ["x", "y"]}', r"row 1: its text is \['x', 'y'\], no text"),
         ("t.jsonl", "\n\n{", "t.jsonl, row 3: is no JSON object"),
         ("t.jsonl", "[]", "t.jsonl, row 1: is no JSON object"),
         (

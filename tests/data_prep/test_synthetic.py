@@ -61,8 +61,9 @@ def test_readings_are_labelled_and_what_nobody_reads_is_named(
     fake_espeak: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    prepare(manifest(tmp_path), output, copies=2, engines=["espeak-ng"])
+    result = prepare(manifest(tmp_path), output, copies=2, engines=["espeak-ng"])
     found = rows(output)
+    assert result.utterances == {"train": 6} and [line.split(": ")[0] for line in result.failures] == ["u4", "u4"]
     names = [(n, copy) for n in (0, 1, 5) for copy in (1, 2)]
     assert [row.id for row in found] == [f"synthetic-espeak-ng-{copy}-u{n}" for n, copy in names]
     for row, (n, _) in zip(found, names, strict=True):
@@ -79,7 +80,9 @@ def test_readings_are_labelled_and_what_nobody_reads_is_named(
         ("u4", "espeak-ng cannot read 'xyz'"),
     ]
     assert listed[-1][2].endswith(": no such thing")
-    assert ["ru", "4"] in [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out.splitlines()
+    assert ["ru", "4"] in [line.split()[:2] for line in printed]
+    assert sum(line.startswith("skipped: u4: espeak-ng cannot read 'xyz'") for line in printed) == 2
 
 
 def test_a_second_run_reads_only_what_is_missing(fake_espeak: list[str], tmp_path: Path) -> None:
