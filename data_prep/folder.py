@@ -20,7 +20,7 @@ from mole_asr.corpus.manifest import Utterance
 from mole_asr.corpus.normalize import normalize
 from mole_asr.data_prep.output import SPLITS, PrepareResult, print_skipped, print_summary, write_corpus
 from mole_asr.errors import MoleError
-from mole_asr.files import is_unicode
+from mole_asr.files import check_folder, is_unicode
 
 _EXPECTED = "give a folder of audio files with a .txt beside each, or a .tsv, .csv or .jsonl table (path, text, ...)"
 
@@ -68,6 +68,7 @@ def prepare(
         MoleError: no usable recording at all, a recording without language, or a malformed table.
     """
     source, output = Path(source), Path(output)
+    check_folder(output)
     if language is not None:
         check_language(language)
     if dev_percent < 0 or test_percent < 0 or dev_percent + test_percent >= 100:

@@ -25,6 +25,7 @@ from mole_asr.data_prep import debian
 from mole_asr.data_prep.clips import Clip, store
 from mole_asr.data_prep.output import SPLITS, audio_since, code_recipe, is_done, print_summary, write_corpus
 from mole_asr.errors import MoleError
+from mole_asr.files import check_folder
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
 UNACCENTED = ("es",)
@@ -74,6 +75,7 @@ def prepare(output: str | Path, languages: Sequence[str] = LANGUAGES, source: st
         MoleError: an unknown language, packages that cannot be had, or a package with a wrong checksum.
     """
     output = Path(output)
+    check_folder(output)
     _check_languages(languages)
     folder = Path(source) if source is not None else output / "packages"
     groups = Path(__file__).with_name("prompts_groups.tsv")

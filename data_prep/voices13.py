@@ -29,6 +29,7 @@ from mole_asr.data_prep.output import (
     print_left_out,
     write_corpus,
 )
+from mole_asr.files import check_folder
 
 SPLITS = ("train", "dev", "test", "unseen")
 SOURCES: dict[str, ModuleType] = {
@@ -58,6 +59,7 @@ def prepare(output: str | Path, source: str | Path | None = None) -> None:
         MoleError: packages that cannot be had, or a package with a wrong checksum.
     """
     output = Path(output)
+    check_folder(output)
     table = split_table()
     recipe = _recipe()
     if not is_done(output, recipe, SPLITS):

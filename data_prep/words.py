@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mole_asr.corpus.normalize import normalize
 from mole_asr.errors import MoleError
-from mole_asr.files import write_text
+from mole_asr.files import check_folder, write_text
 
 _UNSPACED = ("ja", "zh")  # of the languages that wordfreq has
 
@@ -27,6 +27,7 @@ def prepare(output: str | Path, *, languages: Sequence[str]) -> str:
     Raises:
         MoleError: no language is named, one is written without spaces or has no list, or wordfreq is not installed.
     """
+    check_folder(output)
     if not languages:
         raise MoleError("--languages: name at least one, such as --languages en")
     try:

@@ -97,6 +97,17 @@ def check_folder(output: str | Path) -> None:
         raise MoleError(f"output {there}: is a file; give a folder")
 
 
+def check_is_no_pipe(path: str | Path) -> None:
+    """Refuses a file that can be read but once.
+
+    Raises:
+        MoleError: it is a pipe (`<(...)`, /dev/stdin) or a terminal.
+    """
+    path = Path(path)
+    if path.is_fifo() or path.is_char_device() or path.is_socket():
+        raise MoleError(f"{path}: is a pipe, and has to be read more than once; write it to a file first")
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text can be written: JSON, command lines and names of files may hold half a surrogate pair.
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mole_asr.errors import MoleError
-from mole_asr.files import atomic_path, is_unicode
+from mole_asr.files import atomic_path, check_is_no_pipe, is_unicode
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +135,7 @@ class Manifest:
     def _open(self) -> None:
         """Opens the file, for good: what replaces it at its path has other rows."""
         try:
+            check_is_no_pipe(self.path)
             self._descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise MoleError(f"{self.path}: the manifest cannot be read ({error.strerror})") from None
@@ -195,22 +196,37 @@ def _to_cut(utterance: Utterance) -> dict[str, Any]:
     }
 
 
-def _from_cut(cut: dict[str, Any], folder: Path) -> Utterance:
-    """Reads one cut; raises ValueError or KeyError with the reason where it is of a kind we do not read."""
-    if cut.get("type", "MonoCut") not in ("MonoCut", "MultiCut"):
-        raise ValueError(f"it is a {cut['type']}; save it as audio first (CutSet.save_audios)")
-    recording = cut["recording"]
+def _seconds(key: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"its {key} is {value!a}, no number") from None
+
+
+def _file_of(recording: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A recording, and the one file that it must be."""
+    if not isinstance(recording, dict):
+        raise ValueError(f"its recording is {recording!a}, no object")
     if recording.get("transforms"):
         raise ValueError("its recording has transforms that lhotse would apply; save it as audio first")
     sources = recording["sources"]
     if len(sources) != 1 or sources[0]["type"] != "file":
         raise ValueError("its recording must be one file; save it as audio first (CutSet.save_audios)")
-    channels = sources[0].get("channels", [0])
+    return recording, sources[0]
+
+
+def _from_cut(cut: dict[str, Any], folder: Path) -> Utterance:
+    """Reads one cut; raises ValueError or KeyError with the reason where it is of a kind we do not read."""
+    if cut.get("type", "MonoCut") not in ("MonoCut", "MultiCut"):
+        raise ValueError(f"it is a {cut['type']}; save it as audio first (CutSet.save_audios)")
+    recording, source = _file_of(cut["recording"])
+    channels = source.get("channels", [0])
     if cut.get("type", "MonoCut") == "MonoCut" and len(channels) > 1:
         raise ValueError(f"it picks one of {len(channels)} channels, and we average them; save it as audio first")
     supervisions = sorted(cut.get("supervisions", []), key=lambda supervision: supervision.get("start", 0.0))
     first = supervisions[0] if supervisions else {}
-    start_s, duration_s = float(cut.get("start", 0)), float(cut.get("duration", recording.get("duration", 0)))
+    start_s = _seconds("start", cut.get("start", 0))
+    duration_s = _seconds("duration", cut.get("duration", recording.get("duration", 0)))
     if not 0 < duration_s < float("inf"):
         raise ValueError(f"its duration is {duration_s} s")
     if not 0 <= start_s < float("inf"):
@@ -229,7 +245,7 @@ def _from_cut(cut: dict[str, Any], folder: Path) -> Utterance:
             raise ValueError(f"its {name} is {value!a}, no text")
     return Utterance(
         id=str(cut["id"]),
-        audio_path=folder / sources[0]["source"],
+        audio_path=folder / source["source"],
         start_s=start_s,
         duration_s=duration_s,
         sampling_rate_hz=int(recording["sampling_rate"]),

@@ -17,7 +17,7 @@ from mole_asr.arguments import check_at_least, check_seed
 from mole_asr.corpus.manifest import Manifest
 from mole_asr.corpus.texts import holds_texts, read_texts
 from mole_asr.errors import MoleError
-from mole_asr.files import atomic_path
+from mole_asr.files import atomic_path, check_folder
 
 BLANK = "<blank>"
 FILE_NAME = "tokenizer.model"
@@ -139,9 +139,10 @@ def train_tokenizer(
         seed: for the choice of sentences.
 
     Raises:
-        MoleError: no texts, or a `vocab_size` that does not fit the texts.
+        MoleError: no texts, a `vocab_size` that does not fit them, or a folder that cannot be made.
     """
     check_seed(seed)
+    check_folder(output)
     sentences = _sentences(manifest, balance, seed)
     _check_vocab_size(vocab_size, sentences, byte_fallback)
     tokenizer = _train(sentences, vocab_size, byte_fallback, model_type, hard_limit=model_type != "char")
@@ -181,6 +182,7 @@ def extend_tokenizer(
     old_path = Path(tokenizer) / FILE_NAME if Path(tokenizer).is_dir() else Path(tokenizer)
     if (Path(output) / FILE_NAME).resolve() == old_path.resolve():
         raise MoleError(f"output {output}: has the old tokenizer, which models need; give another folder")
+    check_folder(output)
     model = protobuf.ModelProto.FromString(old.model)
     model_type = protobuf.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
     sentences = _sentences(manifest, balance, seed)

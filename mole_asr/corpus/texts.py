@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from mole_asr.errors import MoleError
-from mole_asr.files import is_unicode
+from mole_asr.files import check_is_no_pipe, is_unicode
 
 
 def read_texts(path: str | Path) -> dict[str, list[str]]:
@@ -39,8 +39,13 @@ def read_texts(path: str | Path) -> dict[str, list[str]]:
 
 
 def holds_texts(path: str | Path) -> bool:
-    """Whether a file's first filled line is a text, and no cut of a manifest; false for what cannot be read."""
+    """Whether a file's first filled line is a text, and no cut of a manifest; false for what cannot be read.
+
+    Raises:
+        MoleError: it is a pipe, which could not be read again.
+    """
     try:
+        check_is_no_pipe(path)
         with Path(path).open(encoding="utf-8-sig") as file:
             entry = json.loads(next((line for line in file if line.strip()), ""))
     except (OSError, ValueError):

@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mole_asr.corpus.manifest import Manifest
 from mole_asr.corpus.normalize import normalize
 from mole_asr.errors import MoleError
+from mole_asr.files import is_unicode
 
 UNKNOWN_LANGUAGE = "und"  # ISO 639-2 "undetermined"
 _OPTIONAL = {"language": str, "speaker": str, "duration_s": int | float, "reliability": int | float}
@@ -61,14 +62,15 @@ def read_sentences(path: str | Path) -> SentenceFile:
         MoleError: the file is missing, empty or malformed, or holds an id twice.
     """
     path = Path(path)
-    number, first = next(((number, line) for number, line in enumerate(_lines(path), 1) if line.strip()), (0, ""))
+    lines = list(enumerate(_lines(path), 1))  # once: it may be a pipe
+    number, first = next(((number, line) for number, line in lines if line.strip()), (0, ""))
     if not number:
         raise MoleError(f"{path} is empty: give a manifest, transcripts (JSONL) or plain text")
     if not first.lstrip().startswith("{"):
-        return _read_plain(path)
+        return _read_plain(path, [line for _, line in lines])
     if {"supervisions", "recording"} & set(_parse(path, number, first)):
         return SentenceFile(path, _by_id(path, _read_manifest(path)), numbered=False)
-    return SentenceFile(path, _by_id(path, _read_transcripts(path)), numbered=False)
+    return SentenceFile(path, _by_id(path, _read_transcripts(path, lines)), numbered=False)
 
 
 def pair(
@@ -113,7 +115,7 @@ def _check_pairing(references: SentenceFile, hypotheses: SentenceFile) -> None:
     said, heard = references.sentences, hypotheses.sentences
     if references.numbered != hypotheses.numbered:
         bare, other = (references, hypotheses) if references.numbered else (hypotheses, references)
-        raise MoleError(f"{bare.path} has no utterance ids but {other.path} has: write lines of id<TAB>text")
+        raise MoleError(f"{bare.path} has no utterance ids but {other.path} has: write id<TAB>text on every line")
     if references.numbered and len(said) != len(heard):
         raise MoleError(
             f"{references.path} has {len(said)} lines and {hypotheses.path} {len(heard)}: "
@@ -156,17 +158,20 @@ def _read_manifest(path: Path) -> Iterator[Sentence]:
         )
 
 
-def _read_transcripts(path: Path) -> Iterator[Sentence]:
-    for number, line in enumerate(_lines(path), 1):
+def _read_transcripts(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Sentence]:
+    for number, line in lines:
         if not line.strip():
             continue
         value = _parse(path, number, line)
-        if not isinstance(value.get("text"), str) or "id" not in value:
+        if not isinstance(value.get("text"), str) or value.get("id") is None:
             raise MoleError(f"{path}, line {number} lacks 'id' or 'text': every transcript needs both")
         optional = {key: value.get(key) for key in _OPTIONAL}
         for key, kind in _OPTIONAL.items():
             if not isinstance(optional[key], kind | None):
                 raise MoleError(f"{path}, line {number}: {key} {optional[key]!r} is of the wrong type: correct it")
+        for key in ("id", "language", "speaker"):
+            if not is_unicode(str(value.get(key))):
+                raise MoleError(f"{path}, line {number}: {key} {value[key]!a} holds half a surrogate pair: correct it")
         if not 0 <= (optional["reliability"] or 0) <= 1:
             raise MoleError(f"{path}, line {number}: reliability {optional['reliability']} is not between 0 and 1")
         if not 0 <= (optional["duration_s"] or 0) < math.inf:
@@ -174,8 +179,7 @@ def _read_transcripts(path: Path) -> Iterator[Sentence]:
         yield Sentence(str(value["id"]), value["text"], **optional)
 
 
-def _read_plain(path: Path) -> SentenceFile:
-    lines = list(_lines(path))
+def _read_plain(path: Path, lines: Sequence[str]) -> SentenceFile:
     filled = [line for line in lines if line.strip()]
     separator = "\t" if all("\t" in line for line in filled) else " " if path.name == "text" else None
     if separator is None:

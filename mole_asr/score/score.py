@@ -129,11 +129,14 @@ def score(
         seed: of the bootstrap.
 
     Raises:
-        MoleError: a file is missing, malformed or does not fit the others, `output` has another suffix, or a language
-            is no code.
+        MoleError: a file is missing, malformed or does not fit the others, `output` has another suffix or is one of
+            them, or a language is no code.
     """
     if output is not None and Path(output).suffix not in (".json", ".html"):
         raise MoleError(f"output {output}: the name must end in .json or .html")
+    for each in (reference, hypothesis, against):
+        if output is not None and each is not None and Path(output).resolve() == Path(each).resolve():
+            raise MoleError(f"output {output}: is what is scored, and would be replaced; give another name")
     check_seed(seed)
     for code in (*fold_accents, *([] if language is None else [language])):
         check_language(code)

@@ -1,5 +1,7 @@
 import json
+import os
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -74,6 +76,9 @@ def test_combining_marks_are_kept(tmp_path: Path) -> None:
         ("h.jsonl", '{"id": "a", "text": "x", "reliability": "high"}\n', "reliability 'high'"),
         ("h.jsonl", '{"id": "a", "text": "x", "reliability": NaN}\n', "is not between 0 and 1"),
         ("h.jsonl", '{"id": "a", "text": "x", "duration_s": "2 s"}\n', "duration_s '2 s'"),
+        ("h.jsonl", '{"id": null, "text": "x"}\n', "line 1 lacks 'id' or 'text'"),
+        ("h.jsonl", '{"id": "a", "text": "x", "language": "\\ud800"}\n', "line 1: language '\\ud800' holds half"),
+        ("half.txt", "a\tx\nb\n", "write id<TAB>text on every line"),
     ],
 )
 def test_bad_files_give_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -82,6 +87,23 @@ def test_bad_files_give_one_line(tmp_path: Path, name: str, text: str, message: 
         pair(said, write(tmp_path / name, text), None, ())
     assert message in str(caught.value) and str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_read_once_or_refused(tmp_path: Path) -> None:
+    for name, content, found in (
+        ("plain", "a\tx\nb\ty\n", 2),
+        ("transcripts", '{"id": "a", "text": "x"}\n', 1),
+        ("cuts", '{"id": "a", "recording": {}}\n', None),
+    ):
+        os.mkfifo(tmp_path / name)
+        writer = Thread(target=(tmp_path / name).write_text, args=[content])
+        writer.start()
+        if found is None:
+            with pytest.raises(MoleError, match="cuts: is a pipe, and has to be read more than once"):
+                read_sentences(tmp_path / name)
+        else:
+            assert len(read_sentences(tmp_path / name).sentences) == found
+        writer.join()
 
 
 def test_missing_and_binary_files(tmp_path: Path) -> None:

@@ -176,6 +176,13 @@ def test_missing_inputs(tmp_path: Path, files: tuple[Path, Path]) -> None:
         read_curves(tmp_path / "none")
 
 
+def test_what_cannot_be_written_or_read_is_named(files: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(MoleError, match=r"^output .*: is a file; give a folder$"):
+        report(*files, files[0])
+    with pytest.raises(MoleError, match="Is a directory"):
+        report(files[0], "", tmp_path / "out")
+
+
 def test_a_picture_that_cannot_be_drawn_is_left_out(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

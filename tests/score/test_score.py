@@ -137,6 +137,11 @@ def test_output_files(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert "<table>" in (tmp_path / "x.html").read_text()
     with pytest.raises(MoleError, match="must end in"):
         score(*files, output=tmp_path / "x.csv")
+    taken = tmp_path / "taken.json"
+    taken.write_bytes(files[1].read_bytes())
+    with pytest.raises(MoleError, match=r"taken\.json: is what is scored, and would be replaced"):
+        score(files[0], taken, output=tmp_path / "." / "taken.json")
+    assert taken.read_bytes() == files[1].read_bytes()
 
 
 def test_the_package_can_be_called_under_its_public_name(files: tuple[Path, Path]) -> None:
