@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mole_asr.audio.read import AUDIO_SUFFIXES, probe
+from mole_asr.audio.read import find_audio, probe
 from mole_asr.corpus.languages import check_language, is_known_language
 from mole_asr.corpus.manifest import Utterance
 from mole_asr.corpus.normalize import normalize
@@ -65,7 +65,8 @@ def prepare(
         fold_accents: strip diacritics from the texts.
 
     Raises:
-        MoleError: no usable recording at all, a recording without language, or a malformed table.
+        MoleError: no usable recording at all, a recording without language, a malformed table, or a folder below
+            `source` that cannot be looked into.
     """
     source, output = Path(source), Path(output)
     check_folder(output)
@@ -109,9 +110,10 @@ def _items(source: Path, language: str | None) -> Iterator[_Item]:
 
 def _folder_items(folder: Path, language: str | None) -> Iterator[_Item]:
     """Every audio file below a folder, with the `.txt` that stands beside it."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in AUDIO_SUFFIXES or path.name.startswith("."):
-            continue
+    paths, failures = find_audio(folder)
+    if failures:
+        raise MoleError(failures[0])
+    for path in paths:
         # Innermost first; what stands above the given folder says nothing of the recordings.
         parents = path.relative_to(folder).parent.parts[::-1]
         outermost = folder.absolute().name if language is None else language

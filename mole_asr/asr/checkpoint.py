@@ -73,8 +73,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
         MoleError: a file is missing or does not fit the others.
     """
     folder = Path(folder)
-    names = ("config.json", "languages.json")
-    config, languages = (read_json(folder / name, "give the model folder that `mole-asr fit` wrote") for name in names)
+    kinds, todo = {"config.json": dict, "languages.json": list}, "give the model folder that `mole-asr fit` wrote"
+    config, languages = (read_json(folder / name, todo, kind) for name, kind in kinds.items())
     if "network" in config:
         raise MoleError(f"{folder}: holds a language model, not a recogniser; give the folder of one")
     tokenizer = TextTokenizer(folder)

@@ -62,22 +62,26 @@ def find_model(path_or_hub_id: str | Path, needed: Sequence[str], weights: Seque
     raise MoleError(f"{name}: the hub has no weights for it; one of {', '.join(weights)} must be there")
 
 
-def read_json(path: Path, todo: str = "give the folder of a whole model") -> Any:
+def read_json(path: Path, todo: str = "give the folder of a whole model", kind: type = dict) -> Any:
     """What a JSON file holds.
 
     Args:
         path: of the file.
         todo: where it is missing.
+        kind: dict, or list.
 
     Raises:
-        MoleError: it cannot be read.
+        MoleError: it cannot be read, or holds something else.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoleError(f"{path}: cannot be read ({error.strerror}); {todo}") from None
     except ValueError as error:
         raise MoleError(f"{path}: not JSON ({error}); copy the model anew") from None
+    if not isinstance(value, kind):
+        raise MoleError(f"{path}: holds no {'object' if kind is dict else 'list'}; copy the model anew")
+    return value
 
 
 def read_weights(folder: Path) -> Tensors:

@@ -169,6 +169,9 @@ class MoleTask(ResumableTask):
         head = self.model.attention_head
         if head is not None and output.memory_BTD is not None and not self._new_parts_only:
             named["attention"] = head.loss(output.memory_BTD, output.frames.lengths_B, batch.texts, batch.languages_B)
+        # What stands in for a batch with no readable file teaches nothing, though every process needs its gradients.
+        is_real = (batch.rows_B >= 0).any()
+        named = {name: loss * is_real for name, loss in named.items()}
         if self.replay is not None:
             named["replay"] = self.replay(self.model)
         self.log("train/mean_reliability", output.reliability_B.detach().mean(), batch_size=len(batch))
@@ -208,9 +211,11 @@ class MoleTask(ResumableTask):
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Counts character errors a language; the model hears the language by itself."""
         output = self.model(batch.audio_BS, batch.audio_lengths_B)
-        right = (output.language_logits_BN.argmax(1) == batch.languages_B).float().mean()
-        self.log("valid/language_accuracy", right, batch_size=len(batch), sync_dist=True)
-        self.log("valid/mean_reliability", output.reliability_B.mean(), batch_size=len(batch), sync_dist=True)
+        is_real_B = batch.languages_B >= 0  # else it stands in for a batch with no readable file
+        count = int(is_real_B.sum())
+        right_B = (output.language_logits_BN.argmax(1) == batch.languages_B) & is_real_B
+        for name, each_B in (("language_accuracy", right_B), ("mean_reliability", output.reliability_B * is_real_B)):
+            self.log(f"valid/{name}", each_B.sum() / max(1, count), batch_size=count, sync_dist=True)
         spelled = [self.text_tokenizer.decode(ids) for ids in greedy_ctc(output.log_probs_BTV, output.lengths_B)]
         head, written = self.model.attention_head, spelled
         if head is not None and output.memory_BTD is not None:
@@ -218,7 +223,7 @@ class MoleTask(ResumableTask):
             written = [each.text for each in head.write(output.memory_BTD, output.frames.lengths_B, heard_B, beam=1)]
         texts = zip(written, spelled, batch.texts, batch.languages_B.tolist(), strict=True)
         for hypothesis, by_ctc, text, language in texts:
-            if language < 0:  # stands in for a batch with no readable file
+            if language < 0:
                 continue
             errors = [Levenshtein.distance(text, hypothesis), Levenshtein.distance(text, by_ctc), len(text)]
             self._counts_N3[language] += torch.tensor(errors)

@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 from mole_asr.asr.ctranslate2_file import read_ctranslate2
-from mole_asr.asr.model_files import CONFIG, WEIGHTS, Tensors, find_model, read_json, read_tensors, read_weights
+from mole_asr.asr.model_files import (
+    CONFIG,
+    WEIGHTS,
+    Tensors,
+    find_model,
+    first_line,
+    read_json,
+    read_tensors,
+    read_weights,
+)
 from mole_asr.asr.whisper import WhisperConfig, WhisperEncoder
 from mole_asr.asr.whisper_decoder import WhisperDecoder
 from mole_asr.asr.whisper_layouts import CTRANSLATE2, HUGGING_FACE, OPENAI, Layout, convert
@@ -58,9 +67,11 @@ def load_whisper(path_or_hub_id: str | Path) -> WhisperCheckpoint:
         raise MoleError(f"{tokenizer}: no such file; copy it from the model's page on the Hugging Face hub")
     try:
         encoder, decoder = convert(tensors, layout, config.encoder_layers, config.decoder_layers)
+        _check_shapes(config, encoder, decoder, weights)
     except KeyError as error:
         raise MoleError(f"{weights}: tensor {error.args[0]} is missing; copy the model anew") from None
-    _check_shapes(config, encoder, decoder, weights)
+    except (TypeError, ValueError) as error:
+        raise MoleError(f"{weights}: its sizes make no model ({first_line(error)}); copy the model anew") from None
     return WhisperCheckpoint(config, encoder, decoder, WhisperTokenizer(tokenizer))
 
 

@@ -5,6 +5,7 @@ soundfile reads wav, flac, ogg, opus and parts of mp3, and seeks to the part tha
 resampled, so that a data-loading worker that reads 16 kHz recordings pays for nothing but the read.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -41,6 +42,28 @@ _MAX_RATIO_TERM = 1000
 # What claims another rate is no recording of speech, and no header to be believed.
 _MIN_RATE_HZ, _MAX_RATE_HZ = 1000, 768_000
 _LOUDEST = 1e10  # full scale is 1, or 2^31 where integers were stored as floats; the power of garbage is infinite
+
+
+def find_audio(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """Walks through a folder, and through those that links lead to; hidden ones are passed by.
+
+    Returns:
+        Its audio files, sorted, and what is wrong with each folder that cannot be looked into.
+    """
+    found, failures, seen = list[Path](), list[str](), set[str]()
+
+    def note(error: OSError) -> None:
+        failures.append(f"{error.filename}: {error.strerror}")
+
+    for place, folders, names in os.walk(folder, onerror=note, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link back, or a second one
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
+    return sorted(found), failures
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ def _count(recogniser: "Recogniser", manifest: "Manifest") -> RoutingLoads:
         if utterance.language not in recogniser.languages:
             continue
         try:
-            found = _route(recogniser, torch.from_numpy(utterance.read()))
+            found = _route(recogniser, torch.from_numpy(utterance.read_whole()))
         except (MoleError, OSError) as error:
             failures.append((utterance.id, f"{utterance.id}: {error}"))
             continue

@@ -286,7 +286,7 @@ def open_host(folder: str | Path, device: str | torch.device = "cpu") -> Host:
     check_device(device)
     path = Path(folder) / "config.json"
     config = read_json(path, "give the folder of a trained model")
-    if not isinstance(config, dict) or not {"format", "model_type"} & set(config):
+    if not {"format", "model_type"} & set(config):
         raise MoleError(f"{path}: neither a model of ours nor a Hugging Face checkpoint; give the folder of one")
     host = _kind_of(config)(folder)
     host.model.to(device)

@@ -19,7 +19,7 @@ from mole_asr.audio.augment import AugmentConfig
 from mole_asr.audio.features import FRAME_SHIFT_S, SUBSAMPLING
 from mole_asr.corpus.batch import Batch
 from mole_asr.corpus.batch_plan import BatchPlan, Selection, required_frames
-from mole_asr.corpus.dataset import BatchKey, LabelTable, SpeechDataset, read_whole
+from mole_asr.corpus.dataset import BatchKey, LabelTable, SpeechDataset
 from mole_asr.corpus.loader import PlacedLoader, place_of
 from mole_asr.corpus.manifest import Manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer
@@ -263,7 +263,7 @@ class SpeechDataModule(LightningDataModule):
         for row in self.selections[split].rows:
             utterance = self._manifest(split)[row]
             try:
-                read_whole(utterance)
+                utterance.read_whole()
                 return
             except (MoleError, OSError) as error:
                 first = first or f"{utterance.id}: {error}"

@@ -9,12 +9,9 @@ from torch.utils.data import Dataset
 from mole_asr.audio.augment import AugmentConfig, augment
 from mole_asr.audio.read import SAMPLING_RATE_HZ
 from mole_asr.corpus.batch import Batch, Example, collate
-from mole_asr.corpus.manifest import Manifest, Utterance
+from mole_asr.corpus.manifest import Manifest
 from mole_asr.corpus.text_tokenizer import TextTokenizer
 from mole_asr.errors import MoleError
-
-# Decoders differ by some milliseconds; a recording that is cut short misses more than that.
-MIN_SHARE_OF_DURATION = 0.9
 
 BatchKey = tuple[int, int, np.ndarray]
 """Epoch, number of the batch in it, and rows of the manifest: all that the content of a batch depends on."""
@@ -85,7 +82,7 @@ class SpeechDataset(Dataset[Batch]):
             rng = np.random.default_rng((self.seed, epoch, number, place))
             utterance = self.manifest[row]
             try:
-                audio_S = read_whole(utterance)
+                audio_S = utterance.read_whole()
             except (MoleError, OSError) as error:
                 skipped.append(f"{utterance.id}: {error}")
                 continue
@@ -94,19 +91,6 @@ class SpeechDataset(Dataset[Batch]):
             language = int(self.language_ids[row])
             examples.append(Example(audio_S, self.labels[row], language, row, utterance.id, utterance.text))
         return collate(examples or [_silence()], skipped)
-
-
-def read_whole(utterance: Utterance) -> np.ndarray:
-    """Audio float32[S] of an utterance.
-
-    Raises:
-        MoleError: the file cannot be read, or ends long before the manifest says: its text would not fit the audio.
-    """
-    audio_S = utterance.read()
-    if len(audio_S) < MIN_SHARE_OF_DURATION * utterance.duration_s * SAMPLING_RATE_HZ:
-        found_s = len(audio_S) / SAMPLING_RATE_HZ
-        raise MoleError(f"{utterance.audio_path}: holds {found_s:.2f} s of {utterance.duration_s:.2f} s; cut short?")
-    return audio_S
 
 
 def _silence() -> Example:

@@ -16,6 +16,9 @@ import numpy as np
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, check_is_no_pipe, is_unicode
 
+# Decoders differ by some milliseconds; a recording that is cut short misses more than that.
+MIN_SHARE_OF_DURATION = 0.9
+
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
@@ -51,6 +54,20 @@ class Utterance:
 
         return read_audio(self.audio_path, start_s=self.start_s, duration_s=self.duration_s)
 
+    def read_whole(self) -> np.ndarray:
+        """As `read`, but refuses a recording that ends long before the manifest says: its text would not fit.
+
+        Raises:
+            MoleError: so it is, or the recording cannot be read.
+        """
+        from mole_asr.audio.read import SAMPLING_RATE_HZ
+
+        audio_S = self.read()
+        found_s = len(audio_S) / SAMPLING_RATE_HZ
+        if found_s < MIN_SHARE_OF_DURATION * self.duration_s:
+            raise MoleError(f"{self.audio_path}: holds {found_s:.2f} s of {self.duration_s:.2f} s; cut short?")
+        return audio_S
+
 
 def write_manifest(utterances: Iterable[Utterance], path: str | Path) -> int:
     """Writes a lhotse cut set, one cut a line, with absolute audio paths.
@@ -69,6 +86,26 @@ def write_manifest(utterances: Iterable[Utterance], path: str | Path) -> int:
             seen.add(utterance.id)
             file.write(json.dumps(_to_cut(utterance), ensure_ascii=False) + "\n")
     return len(seen)
+
+
+def first_entry(path: str | Path) -> dict[str, Any]:
+    """The JSON object on a file's first filled line; empty where there is none, or it cannot be read.
+
+    Raises:
+        MoleError: it is a pipe, which could not be read again.
+    """
+    try:
+        check_is_no_pipe(path)
+        with Path(path).open(encoding="utf-8-sig") as file:
+            entry = json.loads(next((line for line in file if line.strip()), ""))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def is_cut(entry: dict[str, Any]) -> bool:
+    """Whether a JSON object is a cut, and not a text or a transcript."""
+    return not {"recording", "supervisions"}.isdisjoint(entry)
 
 
 class Manifest:

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from mole_asr.corpus.manifest import first_entry
 from mole_asr.errors import MoleError
-from mole_asr.files import check_is_no_pipe, is_unicode
+from mole_asr.files import is_unicode
 
 
 def read_texts(path: str | Path) -> dict[str, list[str]]:
@@ -44,10 +45,4 @@ def holds_texts(path: str | Path) -> bool:
     Raises:
         MoleError: it is a pipe, which could not be read again.
     """
-    try:
-        check_is_no_pipe(path)
-        with Path(path).open(encoding="utf-8-sig") as file:
-            entry = json.loads(next((line for line in file if line.strip()), ""))
-    except (OSError, ValueError):
-        return False
-    return isinstance(entry, dict) and "text" in entry
+    return "text" in first_entry(path)

@@ -114,7 +114,12 @@ def load_ngrams(folder: str | Path, vocab_size: int) -> dict[str, TokenNgram]:
         models = {}
         for name in languages:
             known = int(tensors.get(f"{name}.pieces", np.array([vocab_size]))[0])
-            models[name] = TokenNgram(vocab_size, tensors[f"{name}.ngrams"], tensors[f"{name}.counts"], known)
+            ngrams_MO, counts_M = tensors[f"{name}.ngrams"], tensors[f"{name}.counts"]
+            if ngrams_MO.ndim != 2 or len(ngrams_MO) != len(counts_M) or not known <= vocab_size:
+                raise ValueError(f"{name}: {ngrams_MO.shape}, {counts_M.shape}, {known} of {vocab_size} pieces")
+            if ngrams_MO.size and not START <= ngrams_MO.min() <= ngrams_MO.max() <= known:
+                raise ValueError(f"{name}: ids beyond {known}")
+            models[name] = TokenNgram(vocab_size, ngrams_MO, counts_M, known)
         return models
     except Exception as error:  # safetensors raises its own kind, a missing key another
         raise MoleError(f"{path}: not the n-grams of a model ({error}); train the model anew, or delete it") from None

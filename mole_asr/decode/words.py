@@ -46,7 +46,7 @@ class WordList:
             likely[without_accents(word)] += _PLAIN * count
         for word, count in counts.items():
             likely[word] = max(likely[word], count)
-        self._log_probs = {word: math.log(count / total) for word, count in likely.items()}
+        self._log_probs = {word: math.log(count) - math.log(total) for word, count in likely.items()}
         # Of the likeliest word that begins so.
         self._begun: dict[str, float] = {}
         for word, log_prob in sorted(self._log_probs.items(), key=lambda item: item[1]):

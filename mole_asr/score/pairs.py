@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mole_asr.corpus.manifest import Manifest
+from mole_asr.corpus.manifest import Manifest, is_cut
 from mole_asr.corpus.normalize import normalize
 from mole_asr.errors import MoleError
 from mole_asr.files import is_unicode
@@ -68,7 +68,7 @@ def read_sentences(path: str | Path) -> SentenceFile:
         raise MoleError(f"{path} is empty: give a manifest, transcripts (JSONL) or plain text")
     if not first.lstrip().startswith("{"):
         return _read_plain(path, [line for _, line in lines])
-    if {"supervisions", "recording"} & set(_parse(path, number, first)):
+    if is_cut(_parse(path, number, first)):
         return SentenceFile(path, _by_id(path, _read_manifest(path)), numbered=False)
     return SentenceFile(path, _by_id(path, _read_transcripts(path, lines)), numbered=False)
 

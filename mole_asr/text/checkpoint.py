@@ -65,8 +65,8 @@ def load_text_model(folder: str | Path, device: str | torch.device = "cpu") -> L
         MoleError: a file is missing or does not fit the others.
     """
     folder = Path(folder)
-    names = ("config.json", "languages.json")
-    config, languages = (read_json(folder / name, "give the model folder that `mole-asr fit` wrote") for name in names)
+    kinds, todo = {"config.json": dict, "languages.json": list}, "give the model folder that `mole-asr fit` wrote"
+    config, languages = (read_json(folder / name, todo, kind) for name, kind in kinds.items())
     vocabulary = load_saved_vocabulary(folder)
     try:
         if "network" not in config or config["format"] != FORMAT:

@@ -35,7 +35,7 @@ def generate(
         raise MoleError("prompt: is not UTF-8")
     loaded = load_text_model(model)
     vocabulary = loaded.vocabulary
-    if unspelled := vocabulary.unspelled(prompt):
+    if unspelled := vocabulary.unspelled(prompt.replace("\n", " ")):
         raise MoleError(f"prompt: the tokenizer of {model} lacks {' '.join(unspelled)}")
     ids = [token for line in prompt.split("\n") for token in (vocabulary.separator, *vocabulary.encode(line).tolist())]
     return vocabulary.decode(write_on(loaded, ids, tokens, temperature, top_k, seed)[1:])

@@ -211,6 +211,11 @@ class TextTask(ResumableTask):
         has_texts_L = (sums_L2[:, 1] > 0).tolist()
         rows = zip(self.model.languages, bits_L, has_texts_L, strict=True)
         bits = {code: value for code, value, has_texts in rows if has_texts}
+        if not bits:
+            raise MoleError(
+                "data.valid_texts: so short that nothing of them was hidden to be found; give more, or a larger "
+                "model.mask_share"
+            )
         self.log_dict({f"valid/bits_per_byte_{code}": value for code, value in bits.items()})
         means = major_and_minor(bits, self.major_languages)
         self.log("valid/bits_per_byte", means.pop("all"), prog_bar=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -159,7 +160,12 @@ def _check_results(folder: Path | None, results: Iterable[Path]) -> None:
     """Before the work, that its results can be written."""
     if folder is not None:
         check_folder(folder)
+    seen: set[str] = set()
     for path in results:
+        check_folder(path.parent)
+        if str(path).lower() in seen:
+            raise MoleError(f"{path}: two results would go there; give one of the inputs another name")
+        seen.add(str(path).lower())
         if path.is_dir():
             raise MoleError(f"{path}: is a folder, but a result of that name goes there; give another --output")
 
@@ -201,14 +207,20 @@ def _check_references(recordings: Iterable[Path], results: Iterable[Path]) -> No
 
 def _manifest_jobs(manifests: list[Path], folder: Path) -> "list[tuple[Manifest, Path]]":
     """Opens the manifests, so that a bad one stops the command before the work, and names their results."""
-    from mole_asr.corpus.manifest import Manifest
+    from mole_asr.corpus.manifest import Manifest, first_entry, is_cut
 
     names = _output_names({path: Path(path.stem) for path in manifests})
     jobs = [(path, folder / f"{names[str(path)]}.jsonl") for path in manifests]
     for path, result in jobs:
         if result.resolve() in [other.resolve() for other in manifests]:
             raise MoleError(f"{path}: its transcripts would overwrite a manifest; give another folder with --output")
-    return [(Manifest(path), result) for path, result in jobs]
+        if is_cut(first_entry(result)):
+            raise MoleError(f"{result}: is a manifest and would be overwritten; give another folder with --output")
+    opened = [(Manifest(path), result) for path, result in jobs]
+    for manifest, _ in opened:
+        if not len(manifest):
+            raise MoleError(f"{manifest.path}: holds no utterance")
+    return opened
 
 
 def _transcribe_manifest(
@@ -257,30 +269,29 @@ def _find_inputs(files: list[str]) -> tuple[dict[Path, Path], list[Path], list[t
     Returns:
         Audio files, each once, with the name of its results (a relative path without suffix); manifests; failures.
     """
-    from mole_asr.audio.read import AUDIO_SUFFIXES
+    from mole_asr.audio.read import find_audio
 
     recordings: dict[Path, Path] = {}
     manifests: list[Path] = []
-    failures = []
-    seen: set[Path] = set()
+    failures: list[tuple[str, str]] = []
+    seen: set[str] = set()
     if "" in files:
         raise MoleError("an input is empty text; name audio files, folders or manifests")
     for path in map(Path, files):
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())
-            found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-            if not found:
+        found, is_folder = [path], os.path.isdir(path)  # a path that cannot be looked at is named when it is read
+        if is_folder:
+            found, unseen = find_audio(path)
+            failures += [(str(path), reason) for reason in unseen]
+            if not found and not unseen:
                 failures.append((str(path), f"{path}: no audio file in this folder"))
-        else:
-            found = [path]
         for file in found:
-            if file.resolve() in seen:
+            if (real := os.path.realpath(file)) in seen:
                 continue
-            seen.add(file.resolve())
+            seen.add(real)
             if file.suffix.lower() == ".jsonl":
                 manifests.append(file)
             else:
-                recordings[file] = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("")
+                recordings[file] = (file.relative_to(path) if is_folder else Path(file.name)).with_suffix("")
     if not recordings and not manifests:
         raise MoleError(failures[0][1] if failures else "no input: name audio files, folders or manifests")
     return recordings, manifests, failures

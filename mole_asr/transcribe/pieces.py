@@ -86,7 +86,7 @@ def read_input(item: Input, index: int) -> tuple[str, np.ndarray]:
     if isinstance(item, str | Path):
         return name, read_audio(item)
     if not isinstance(item, np.ndarray):
-        return name, item.read()
+        return name, item.read_whole()
     if item.ndim != 1 or item.size == 0 or item.dtype.kind != "f" or not is_sound(item):
         raise MoleError(
             f"input {index}: give finite float samples [S] of full scale 1, not {item.dtype} {list(item.shape)}"

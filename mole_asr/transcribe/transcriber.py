@@ -229,7 +229,7 @@ class Transcriber:
         for index, item in enumerate(inputs):
             try:
                 name, audio_S = read_input(item, index)
-            except MoleError as error:
+            except (MoleError, OSError) as error:
                 self.failures.append((name_of(item, index), str(error)))
                 continue
             window.append(cut(name, audio_S, self.max_seconds))

@@ -83,6 +83,13 @@ def test_a_broken_file_is_named(folder: Path, name: str, content: bytes) -> None
     assert name in refused(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "languages.json"])
+def test_another_kind_of_json_is_named(folder: Path, name: str) -> None:
+    for content in ("null", "5", "[]" if name == "config.json" else "{}"):
+        (folder / name).write_text(content)
+        assert f"{name}: holds no " in refused(folder)
+
+
 def test_weights_cut_short_are_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

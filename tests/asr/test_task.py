@@ -4,12 +4,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
 
 from mole_asr.asr.task import LossWeights, MoleTask
-from mole_asr.corpus.batch import Batch
+from mole_asr.corpus.batch import Batch, Example, collate
 
 from .conftest import LANGUAGES, small_config
 
@@ -35,6 +36,19 @@ def test_the_loss_is_the_weighted_sum_of_the_named_ones(task: Any, batch: Batch)
     wanted = 0.7 * named["ctc"] + 0.25 * named["intermediate_ctc"] + 0.15 * named["language"]
     assert total.item() == pytest.approx(wanted + 0.05 * named["reliability"], rel=1e-5)
     assert total.item() == pytest.approx(task.logged["train/loss"])
+
+
+def test_what_stands_in_for_an_unreadable_batch_teaches_nothing(task: Any, batch: Batch) -> None:
+    silence = collate([Example(np.zeros(16000, np.float32), np.zeros(0, np.int64), -1, -1, "", "")], ["u1: gone"])
+    total = task.training_step(silence, 0)
+    total.backward()
+    gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
+    assert total.item() == 0 and gradients and not any(each.any() for each in gradients)
+    counts: dict[str, int] = {}
+    task.log = lambda name, value, batch_size, **_: counts.update({name: batch_size})
+    task.validation_step(silence, 0)
+    assert counts == {"valid/language_accuracy": 0, "valid/mean_reliability": 0}, "they have no weight in the means"
+    assert not task._counts_N3.any()
 
 
 def test_a_step_draws_the_same_numbers_whatever_was_drawn_before(task: Any, batch: Batch) -> None:

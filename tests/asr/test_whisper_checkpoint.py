@@ -72,6 +72,15 @@ def test_hugging_face_folder(
     check(checkpoint, whisper_model, features_BTF)
 
 
+def test_sizes_that_are_none_are_named(whisper_folder: Path, tmp_path: Path) -> None:
+    for path in whisper_folder.iterdir():
+        shutil.copy(path, tmp_path)
+    sizes = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"d_model": "x"}))
+    with pytest.raises(MoleError, match="its sizes make no model"):
+        load_whisper(tmp_path)
+
+
 def test_hugging_face_pickle_in_half_precision(
     whisper_model: Any, whisper_folder: Path, features_BTF: Tensor, tmp_path: Path
 ) -> None:

@@ -59,6 +59,11 @@ def test_saved_and_read_again(tmp_path: Path) -> None:
     assert set(again) == {"en", "no"}
     for history in ([], [1], [1, 2], [4, 4]):
         np.testing.assert_array_equal(again["en"].log_probs(history), models["en"].log_probs(history))
+    with pytest.raises(MoleError, match=r"ngrams\.safetensors: not the n-grams of a model .*5 of 4 pieces"):
+        load_ngrams(tmp_path, 4)
+    save_ngrams({"en": TokenNgram(5, np.array([[1, 7, 2]], np.int32), np.array([1], np.int32))}, tmp_path)
+    with pytest.raises(MoleError, match=r"ngrams\.safetensors: .*ids beyond 5"):
+        load_ngrams(tmp_path, 5)
     save_ngrams({}, tmp_path)
     assert load_ngrams(tmp_path, 5) == {}, "another model's are gone"
     (tmp_path / NGRAM_FILE).write_bytes(b"nonsense")

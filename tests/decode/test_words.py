@@ -69,6 +69,11 @@ def test_what_is_joined_by_an_apostrophe_counts_as_its_parts() -> None:
     assert words.log_prob("d'eau") == pytest.approx(words.log_prob("d eau"))
 
 
+def test_counts_may_be_of_any_size() -> None:
+    words = WordList("en", {"seldom": 1e-320, "often": 1e10})
+    assert -800 < words.log_prob("seldom") < words.log_prob("often") == 0
+
+
 def test_a_text_counts_word_by_word() -> None:
     words = WordList("fr", {"un": 6.0, "escargot": 3.0, "l": 1.0})
     for text in ("un escargot", "un escarbo l'escargot un", "un  escargot", "un 1 un"):

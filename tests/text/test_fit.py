@@ -227,6 +227,13 @@ def test_an_encoder_is_asked_what_it_cannot_see(texts_file: Path) -> None:
     assert torch.equal(targets_BT[asked_BT], batch.tokens_BS[:, 1:][asked_BT])
 
 
+def test_validation_texts_too_short_to_hide_anything_are_named(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text('{"text": "ok", "language": "en"}\n')
+    changes = {"data__valid_texts": tmp_path / "short.jsonl", "model__mask_share": 0.001, "trainer__max_epochs": 1}
+    with pytest.raises(MoleError, match=r"^data\.valid_texts: so short that nothing of them was hidden"):
+        fit(command(**ENCODER, **changes))
+
+
 def test_a_dense_model_becomes_experts(
     command: Command, texts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

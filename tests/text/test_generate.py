@@ -97,6 +97,7 @@ def test_letters_without_a_piece_are_told_and_never_written(
     assert "⁇" not in generate(folder, "a dog", tokens=40, temperature=2.0, top_k=1000)
     with pytest.raises(MoleError, match=r"prompt: the tokenizer of .*model lacks H 123"):
         generate(folder, "Hello 123")
+    assert generate(folder, "a dog\na dog", tokens=1).startswith("a dog\na dog"), "a line break is no letter"
     texts = {"en": ["a dog", "a 日本 dog"], "de": ["und"]}
     lines = [json.dumps({"text": text, "language": code}) for code, each in texts.items() for text in each]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))

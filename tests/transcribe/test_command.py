@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ from mole_asr.corpus.manifest import Utterance, write_manifest
 from mole_asr.decode.beam import BEAM as CTC_BEAM
 from mole_asr.decode.ngram import TokenNgram
 from mole_asr.errors import MoleError
+from mole_asr.transcribe import pieces
 from mole_asr.transcribe.command import transcribe
 from mole_asr.transcribe.transcriber import Transcriber
 from mole_asr.transcribe.transcript import Transcript
@@ -90,6 +94,45 @@ def test_hidden_files_of_a_folder_are_left_alone(tmp_path: Path) -> None:
     assert transcribe([str(tmp_path / ".in")], model="m").files == 1
 
 
+def test_linked_folders_are_walked_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sound(tmp_path / "elsewhere" / "a.wav", AB)
+    write_sound(tmp_path / "in" / "b.wav", AB)
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "back").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "loop.wav").symlink_to("loop.wav")
+    result = transcribe([str(tmp_path / "in")], model="m", output="out")
+    assert files_below(tmp_path / "cwd") == {"out/b.txt", "out/linked/a.txt"}
+    assert [name for name, _ in result.failures] == [str(tmp_path / "in" / "loop.wav")]
+
+
+def test_what_may_not_be_looked_at_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Root may look at everything, so that it is the system's word that is changed."""
+    write_sound(tmp_path / "in" / "a.wav", AB)
+    write_sound(tmp_path / "in" / "locked" / "b.wav", AB)
+    private = write_sound(tmp_path / "private.wav", AB)
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    def read_audio(path: Any, **options: Any) -> Any:
+        if path == private:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return audio_of(path, **options)
+
+    audio_of = pieces.read_audio
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(pieces, "read_audio", read_audio)
+    result = transcribe([str(private), str(tmp_path / "in")], model="m")
+    assert result.files == 1 and len(result.failures) == 2
+    errors = capsys.readouterr().err
+    assert "locked: Permission denied" in errors and f"Permission denied: '{private}'" in errors
+
+
 def test_a_manifest_gives_one_file_and_its_speed(tmp_path: Path) -> None:
     path = write_sound(tmp_path / "a.wav", AB + CD)
     broken = tmp_path / "gone.wav"
@@ -110,6 +153,16 @@ def test_a_manifest_gives_one_file_and_its_speed(tmp_path: Path) -> None:
     assert [name for name, _ in result.failures] == ["u3"]
     with pytest.raises(MoleError, match="overwrite"):
         transcribe([str(tmp_path / "cuts_test.jsonl")], model="m", output=str(tmp_path))
+    shutil.copy(tmp_path / "cuts_test.jsonl", tmp_path / "cwd")  # of another corpus
+    with pytest.raises(MoleError, match=r"^cuts_test\.jsonl: is a manifest and would be overwritten"):
+        transcribe([str(tmp_path / "cuts_test.jsonl")], model="m")
+
+
+def test_a_recording_that_is_cut_short_is_skipped(tmp_path: Path) -> None:
+    path = write_sound(tmp_path / "a.wav", AB)
+    write_manifest([Utterance("u1", path, 0.0, 1.2, 16000, "x", "en", num_samples=19200)], tmp_path / "cuts.jsonl")
+    result = transcribe([str(tmp_path / "cuts.jsonl")], model="m", output="out")
+    assert result.files == 0 and result.failures == [("u1", f"{path}: holds 0.16 s of 1.20 s; cut short?")]
 
 
 def test_failures_are_reported_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +192,17 @@ def test_wrong_arguments_stop_before_any_work(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "empty").mkdir()
     with pytest.raises(MoleError, match="empty: no audio file"):
         transcribe([str(tmp_path / "empty")], model="m")
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(MoleError, match=r"none\.jsonl: holds no utterance"):
+        transcribe([str(tmp_path / "none.jsonl")], model="m")
+    write_manifest([Utterance("u1", good, 0.0, 0.16, 16000, "x", "en", num_samples=2560)], tmp_path / "x.jsonl")
+    twice = [str(write_sound(tmp_path / "x.stats.wav", AB)), str(tmp_path / "x.jsonl")]
+    with pytest.raises(MoleError, match=r"x\.stats\.json: two results would go there"):
+        transcribe(twice, model="m", format="json")
+    (tmp_path / "cwd" / "sub").write_text("a file")
+    write_sound(tmp_path / "in" / "sub" / "b.wav", AB)
+    with pytest.raises(MoleError, match="sub: is a file; give a folder"):
+        transcribe([str(tmp_path / "in")], model="m", format="json")
     assert capsys.readouterr().out == ""
 
 
