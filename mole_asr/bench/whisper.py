@@ -142,7 +142,7 @@ def _missing(cuts: "Manifest", rows: range, done: set[str]) -> "Iterator[Utteran
 def _transcribe(peer: Any, utterance: "Utterance", is_given: bool, beam: int) -> tuple[float, Transcript]:
     """Seconds it took, reading included, and the transcript."""
     start = time.perf_counter()
-    audio_S = utterance.read()
+    audio_S = utterance.read_whole()
     told = utterance.language if is_given else None
     found, info = peer.transcribe(audio_S, language=told, beam_size=beam, **_OPTIONS)
     segments = [Segment(segment.start, segment.end, segment.text.strip()) for segment in found]

@@ -160,9 +160,11 @@ def _check_results(folder: Path | None, results: Iterable[Path]) -> None:
     """Before the work, that its results can be written."""
     if folder is not None:
         check_folder(folder)
+    results = list(results)
+    for parent in sorted({path.parent for path in results}):
+        check_folder(parent)
     seen: set[str] = set()
     for path in results:
-        check_folder(path.parent)
         if str(path).lower() in seen:
             raise MoleError(f"{path}: two results would go there; give one of the inputs another name")
         seen.add(str(path).lower())
