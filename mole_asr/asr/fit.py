@@ -203,6 +203,12 @@ class MoleCLI(LightningCLI):
         seed = self.config[self.config["subcommand"]]["seed_everything"]
         check_seed(int(seed or 0), "seed_everything", most=2**32 - 1)  # numpy's
 
+    def instantiate_classes(self) -> None:
+        """Tells the data how long a frame of the model is, as every label needs one."""
+        super().instantiate_classes()
+        if isinstance(self.datamodule, SpeechDataModule):
+            self.datamodule.frame_shift_s = self.model.model.frame_shift_s
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs, saves and exports under `output`."""
         config = self.config[self.subcommand] if self.subcommand else self.config

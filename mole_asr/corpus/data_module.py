@@ -86,7 +86,8 @@ class SpeechDataModule(LightningDataModule):
     """Training and validation batches from two manifests.
 
     After `setup`, `selections["train"]` and `selections["valid"]` say what is used and what was left out, `skipped`
-    what could not be read so far, "id: reason" each.
+    what could not be read so far, "id: reason" each. `frame_shift_s`, seconds a frame of the model that is trained,
+    says which utterances have a frame for every label; where it is not that of our own models, set it before `setup`.
 
     Args:
         train_manifest: cut set (JSONL) to train on.
@@ -141,6 +142,7 @@ class SpeechDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.augment = augment
+        self.frame_shift_s = SUBSAMPLING * FRAME_SHIFT_S
         self._languages = languages
         self._manifests: dict[str, Manifest] = {}
         self._datasets: dict[str, SpeechDataset] = {}
@@ -244,7 +246,7 @@ class SpeechDataModule(LightningDataModule):
         labels = LabelTable.tokenize(manifest, selection.rows, self.tokenizer)
         # Speed perturbation makes utterances shorter: the fastest version must still have a frame for every label.
         shortest_s = durations_s * (config.shortest_stretch if config else 1.0)
-        frames = np.floor(shortest_s / (SUBSAMPLING * FRAME_SHIFT_S))
+        frames = np.floor(shortest_s / self.frame_shift_s)
         required = np.array([required_frames(labels[row]) for row in range(len(manifest))], np.int64)
         selection = selection.without("with an empty text", labels.lengths == 0)
         selection = selection.without("with more labels than frames", required > frames)

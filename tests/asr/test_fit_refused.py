@@ -31,6 +31,16 @@ def test_no_utterance_is_left(command: Callable[..., list[str]], tones: Path, tm
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_a_label_needs_a_frame_of_the_model_that_is_trained(
+    command: Callable[..., list[str]], on_whisper: Callable[..., list[str]], tones: Path, tmp_path: Path
+) -> None:
+    wordy = copy_manifest(tones, tmp_path / "wordy.jsonl", text="abcd " * 8)
+    silent = copy_manifest(tones, tmp_path / "silent.jsonl", text="")
+    changes = {"data__train_manifest": wordy, "data__valid_manifest": silent}
+    assert "wordy.jsonl: nothing to train on" in refused(command(**changes))
+    assert "silent.jsonl: nothing to validate on" in refused(on_whisper(**changes))  # Whisper has twice the frames
+
+
 def test_a_training_that_diverges_writes_no_model(command: Callable[..., list[str]], tmp_path: Path) -> None:
     changes = {"model__optimizer__adamw_lr": 1e30, "model__optimizer__lr": 1e30}
     assert "the training has diverged" in refused(command(trainer__max_epochs=1, **changes))

@@ -153,6 +153,14 @@ def test_unusable_utterances_are_counted_and_named(
     assert str(selection) in caplog.text
 
 
+def test_a_model_with_shorter_frames_has_more_of_them(tokenizer: str, tmp_path: Path) -> None:
+    manifest = write_corpus(tmp_path, [0.1, 0.09], ["abcd", "abcd"], ["de", "de"])
+    data = module(manifest, tokenizer, min_seconds=0.05)
+    data.frame_shift_s = 0.02
+    data.setup("fit")
+    assert data.selections["train"].rows.tolist() == [0]  # 5 frames fit "abcd" and the leading space
+
+
 def test_the_fastest_perturbation_must_still_have_enough_frames(tokenizer: str, tmp_path: Path) -> None:
     manifest = write_corpus(tmp_path, [0.2, 1.0], ["abcd", "abcd"], ["de", "de"])
     assert len(ready(manifest, tokenizer).selections["train"].rows) == 2
