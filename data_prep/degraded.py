@@ -17,8 +17,8 @@ from mole_asr.audio.augment import add_noise
 from mole_asr.audio.read import SAMPLING_RATE_HZ, resample
 from mole_asr.corpus.manifest import Manifest, Utterance, write_manifest
 from mole_asr.data_prep.clips import write_wav
-from mole_asr.data_prep.output import PrepareResult, print_skipped
-from mole_asr.errors import MoleError
+from mole_asr.data_prep.output import PrepareResult
+from mole_asr.errors import MoleError, print_skipped
 
 _SNR_DB = (5.0, 15.0)
 _TALKERS = (3, 6)
@@ -99,8 +99,8 @@ def _readable(source: Manifest) -> tuple[np.ndarray, list[str]]:
     rows, failures = [], []
     for row, utterance in enumerate(source):
         try:
-            utterance.read()
-        except MoleError as error:
+            utterance.read_whole()
+        except (MoleError, OSError) as error:
             failures.append(f"{utterance.id}: {error}")
         else:
             rows.append(row)

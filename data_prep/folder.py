@@ -10,21 +10,20 @@ import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mole_asr.audio.read import find_audio, probe
 from mole_asr.corpus.languages import check_language, is_known_language
 from mole_asr.corpus.manifest import Utterance
 from mole_asr.corpus.normalize import normalize
-from mole_asr.data_prep.output import SPLITS, PrepareResult, print_skipped, print_summary, write_corpus
-from mole_asr.errors import MoleError
+from mole_asr.data_prep.output import SPLITS, PrepareResult, print_summary, write_corpus
+from mole_asr.errors import MoleError, print_skipped
 from mole_asr.files import check_folder, is_unicode
 
 _EXPECTED = "give a folder of audio files with a .txt beside each, or a .tsv, .csv or .jsonl table (path, text, ...)"
-
-
 _COLUMNS = ("path", "text", "language", "speaker", "split")
 
 
@@ -51,7 +50,7 @@ def prepare(
     """Writes manifests of your own recordings: `cuts_train.jsonl`, `cuts_dev.jsonl`, `cuts_test.jsonl`.
 
     Audio is not copied: the manifests point at it. Recordings that cannot be used (broken or missing audio, no text)
-    are skipped and named at the end and in `left_out.tsv`.
+    and folders that cannot be looked into are skipped and named at the end and in `left_out.tsv`.
 
     Args:
         source: a folder of audio files with a `.txt` beside each, or a table (`.tsv`, `.csv`, `.jsonl`) with the
@@ -65,8 +64,7 @@ def prepare(
         fold_accents: strip diacritics from the texts.
 
     Raises:
-        MoleError: no usable recording at all, a recording without language, a malformed table, or a folder below
-            `source` that cannot be looked into.
+        MoleError: no usable recording at all, a recording without language, or a malformed table.
     """
     source, output = Path(source), Path(output)
     check_folder(output)
@@ -75,9 +73,10 @@ def prepare(
     if dev_percent < 0 or test_percent < 0 or dev_percent + test_percent >= 100:
         raise MoleError(f"dev_percent={dev_percent} and test_percent={test_percent} leave nothing to train on")
     found: list[tuple[Utterance, str]] = []
-    left_out: list[tuple[str, str, str]] = []
+    items, unseen = _items(source, language)
+    left_out = [(language or "", path, reason) for path, reason in unseen]
     ids: Counter[str] = Counter()
-    for item in _items(source, language):
+    for item in items:
         try:
             found.append((_utterance(item, fold_accents, ids), item.split))
         except MoleError as error:
@@ -98,21 +97,20 @@ def prepare(
     return PrepareResult({split: len(rows) for split, rows in utterances.items()}, failures)
 
 
-def _items(source: Path, language: str | None) -> Iterator[_Item]:
+def _items(source: Path, language: str | None) -> tuple[Iterator[_Item], list[tuple[str, str]]]:
+    """The recordings, and (path, reason) of each folder that cannot be looked into."""
     if source.is_dir():
-        return _folder_items(source, language)
+        paths, unseen = find_audio(source)
+        return _folder_items(source, paths, language), unseen
     if not source.exists():
         raise MoleError(f"{source}: no such file or folder; {_EXPECTED}")
     if source.suffix not in (".tsv", ".csv", ".jsonl"):
         raise MoleError(f"{source}: not a table that we read; {_EXPECTED}")
-    return _table_items(source, language)
+    return _table_items(source, language), []
 
 
-def _folder_items(folder: Path, language: str | None) -> Iterator[_Item]:
-    """Every audio file below a folder, with the `.txt` that stands beside it."""
-    paths, failures = find_audio(folder)
-    if failures:
-        raise MoleError(failures[0])
+def _folder_items(folder: Path, paths: Sequence[Path], language: str | None) -> Iterator[_Item]:
+    """The audio files below a folder, each with the `.txt` that stands beside it."""
     for path in paths:
         # Innermost first; what stands above the given folder says nothing of the recordings.
         parents = path.relative_to(folder).parent.parts[::-1]
@@ -127,8 +125,9 @@ def _table_items(table: Path, language: str | None) -> Iterator[_Item]:
     """The rows of a table; raises MoleError at the first malformed one."""
     for line, row in _table_rows(table):
         where = f"{table}, row {line}"
-        if None in row:
-            raise MoleError(f"{where}: it has more cells than the header; put a text with commas between quotes")
+        if any(row.get(None, ())):
+            todo = "take out tabs in texts" if table.suffix == ".tsv" else "put a text with commas between quotes"
+            raise MoleError(f"{where}: it has more cells than the header; {todo}")
         if not row.get("path") or row.get("text") is None:
             raise MoleError(f"{where}: it needs a path and a text; columns are {', '.join(_COLUMNS)}")
         row_language = row.get("language") or language
@@ -149,8 +148,9 @@ def _table_items(table: Path, language: str | None) -> Iterator[_Item]:
         yield _Item(table.parent / path, name, row["text"], row_language, speaker, split)
 
 
-def _table_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields (row number, column -> value)."""
+def _table_rows(table: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """Yields (row number, column -> value; what is beyond the columns is a list under None)."""
+    number = 0
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             if table.suffix == ".jsonl":
@@ -158,11 +158,13 @@ def _table_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     if line.strip():
                         yield number, _parse_row(line, f"{table}, row {number}")
             elif table.suffix == ".tsv":
-                yield from enumerate(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1)
+                for number, row in enumerate(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+                    yield number, row
             else:
-                yield from enumerate(csv.DictReader(file, strict=True), 1)
+                for number, row in enumerate(csv.DictReader(file, strict=True), 1):
+                    yield number, row
     except (OSError, ValueError, AttributeError, csv.Error) as error:
-        raise MoleError(f"{table}: the table cannot be read ({error})") from None
+        raise MoleError(f"{table}: the table cannot be read behind row {number} ({error})") from None
 
 
 def _parse_row(line: str, where: str) -> dict[str, str]:

@@ -91,12 +91,6 @@ def audio_since(output: Path, recipe: str) -> float:
     return stamp.stat().st_mtime
 
 
-def print_skipped(failures: Iterable[str]) -> None:
-    """Names the recordings that could not be used."""
-    for failure in failures:
-        print(f"skipped: {failure}")
-
-
 def print_left_out(output: Path) -> None:
     """Prints what was left out: counts a reason and language."""
     lines = (output / "left_out.tsv").read_text(encoding="utf-8").split("\n")[1:-1]

@@ -24,8 +24,8 @@ import numpy as np
 
 from mole_asr.corpus.manifest import Manifest, Utterance
 from mole_asr.data_prep.clips import Clip, decode, store
-from mole_asr.data_prep.output import PrepareResult, manifest_path, print_skipped, write_corpus
-from mole_asr.errors import MoleError
+from mole_asr.data_prep.output import PrepareResult, manifest_path, write_corpus
+from mole_asr.errors import MoleError, print_skipped
 from mole_asr.files import check_folder
 
 ENGINES = ("espeak-ng", "pico")

@@ -28,7 +28,7 @@ from mole_asr.asr.task import MoleTask
 from mole_asr.audio.augment import AugmentConfig
 from mole_asr.corpus.data_module import SpeechDataModule
 from mole_asr.decode.ngram import TokenNgram, save_ngrams
-from mole_asr.errors import MoleError
+from mole_asr.errors import MoleError, print_skipped
 from mole_asr.files import check_folder
 
 MODEL_FOLDER = "model"
@@ -294,8 +294,7 @@ def fit(arguments: list[str]) -> FitResult:
     done = run(MoleCLI, MoleTask, SpeechDataModule, arguments)
     assert isinstance(done.datamodule, SpeechDataModule)
     failures = sorted(done.datamodule.skipped) if done.trainer.is_global_zero else []  # it knows those of all ranks
-    for failure in failures:
-        print(f"skipped {failure}", file=sys.stderr)
+    print_skipped(failures)
     return FitResult(failures)
 
 

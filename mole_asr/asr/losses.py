@@ -24,7 +24,7 @@ def ctc_loss(log_probs_BTV: Tensor, lengths_B: Tensor, batch: Batch) -> Tensor:
         lengths_B,
         batch.label_lengths_B,
         reduction="sum",
-        zero_infinity=True,  # a recording may be a little shorter than its manifest says; the plan leaves out the rest
+        zero_infinity=True,  # the plan leaves out what lacks frames, but for one or two that it counts too many
     )
     return total / batch.label_lengths_B.sum().clamp(min=1)
 

@@ -8,16 +8,7 @@ import torch
 from torch import nn
 
 from mole_asr.asr.ctranslate2_file import read_ctranslate2
-from mole_asr.asr.model_files import (
-    CONFIG,
-    WEIGHTS,
-    Tensors,
-    find_model,
-    first_line,
-    read_json,
-    read_tensors,
-    read_weights,
-)
+from mole_asr.asr.model_files import CONFIG, WEIGHTS, Tensors, find_model, read_json, read_tensors, read_weights
 from mole_asr.asr.whisper import WhisperConfig, WhisperEncoder
 from mole_asr.asr.whisper_decoder import WhisperDecoder
 from mole_asr.asr.whisper_layouts import CTRANSLATE2, HUGGING_FACE, OPENAI, Layout, convert
@@ -25,6 +16,18 @@ from mole_asr.asr.whisper_tokenizer import FILE_NAME, WhisperTokenizer
 from mole_asr.errors import MoleError
 
 _CTRANSLATE2 = "model.bin"
+_HUGGING_FACE_KEYS = {
+    "num_mels": "num_mel_bins",
+    "d_model": "d_model",
+    "d_ff": "encoder_ffn_dim",
+    "encoder_layers": "encoder_layers",
+    "encoder_heads": "encoder_attention_heads",
+    "decoder_layers": "decoder_layers",
+    "decoder_heads": "decoder_attention_heads",
+    "vocab_size": "vocab_size",
+    "max_frames": "max_source_positions",
+    "max_tokens": "max_target_positions",
+}
 
 
 class WhisperCheckpoint(NamedTuple):
@@ -65,13 +68,14 @@ def load_whisper(path_or_hub_id: str | Path) -> WhisperCheckpoint:
     tokenizer = (path if path.is_dir() else path.parent) / FILE_NAME
     if not tokenizer.exists():
         raise MoleError(f"{tokenizer}: no such file; copy it from the model's page on the Hugging Face hub")
+    for kind, heads in (("encoder", config.encoder_heads), ("decoder", config.decoder_heads)):
+        if heads < 1 or config.d_model % heads:
+            raise MoleError(f"{weights}: {heads} heads of the {kind} do not part its width, {config.d_model}")
     try:
         encoder, decoder = convert(tensors, layout, config.encoder_layers, config.decoder_layers)
         _check_shapes(config, encoder, decoder, weights)
     except KeyError as error:
         raise MoleError(f"{weights}: tensor {error.args[0]} is missing; copy the model anew") from None
-    except (TypeError, ValueError) as error:
-        raise MoleError(f"{weights}: its sizes make no model ({first_line(error)}); copy the model anew") from None
     return WhisperCheckpoint(config, encoder, decoder, WhisperTokenizer(tokenizer))
 
 
@@ -92,21 +96,12 @@ def _read_hugging_face(folder: Path) -> tuple[WhisperConfig, Tensors, Layout]:
         raise MoleError(f"{path}: model_type {values.get('model_type')!r} is not 'whisper'; give a Whisper model")
     if values.get("activation_function", "gelu") != "gelu" or values.get("scale_embedding", False):
         raise MoleError(f"{path}: only GELU and unscaled embeddings are supported; give an unchanged Whisper model")
-    try:
-        config = WhisperConfig(
-            num_mels=values["num_mel_bins"],
-            d_model=values["d_model"],
-            d_ff=values["encoder_ffn_dim"],
-            encoder_layers=values["encoder_layers"],
-            encoder_heads=values["encoder_attention_heads"],
-            decoder_layers=values["decoder_layers"],
-            decoder_heads=values["decoder_attention_heads"],
-            vocab_size=values["vocab_size"],
-            max_frames=values["max_source_positions"],
-            max_tokens=values["max_target_positions"],
-        )
-    except KeyError as error:
-        raise MoleError(f"{path}: key {error.args[0]} is missing; copy the model anew") from None
+    for key in _HUGGING_FACE_KEYS.values():
+        if key not in values:
+            raise MoleError(f"{path}: key {key} is missing; copy the model anew")
+        if not isinstance(values[key], int) or values[key] < 1:
+            raise MoleError(f"{path}: {key} is {values[key]!r}, no size; copy the model anew")
+    config = WhisperConfig(**{name: values[key] for name, key in _HUGGING_FACE_KEYS.items()})
     tensors = read_weights(folder)
     return config, {name.removeprefix("model."): value for name, value in tensors.items()}, HUGGING_FACE
 

@@ -6,6 +6,7 @@ resampled, so that a data-loading worker that reads 16 kHz recordings pays for n
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,26 +45,38 @@ _MIN_RATE_HZ, _MAX_RATE_HZ = 1000, 768_000
 _LOUDEST = 1e10  # full scale is 1, or 2^31 where integers were stored as floats; the power of garbage is infinite
 
 
-def find_audio(folder: str | Path) -> tuple[list[Path], list[str]]:
-    """Walks through a folder, and through those that links lead to; hidden ones are passed by.
+def find_audio(folder: str | Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Walks through a folder, and at last through those that links lead to; hidden ones are passed by.
 
     Returns:
-        Its audio files, sorted, and what is wrong with each folder that cannot be looked into.
+        Its audio files, sorted, each folder's by the name that it has without links; and (path, reason) of each folder
+        that cannot be looked into.
     """
-    found, failures, seen = list[Path](), list[str](), set[str]()
+    found, failures, seen = list[Path](), list[tuple[str, str]](), set[str]()
 
     def note(error: OSError) -> None:
-        failures.append(f"{error.filename}: {error.strerror}")
+        failures.append((str(error.filename), str(error.strerror)))
 
-    for place, folders, names in os.walk(folder, onerror=note, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a link back, or a second one
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = (Path(place, name) for name in names if not name.startswith("."))
-        found += [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
+    starts = [Path(folder)]
+    for start in starts:  # it grows
+        for place, folders, names in os.walk(start, onerror=note):
+            if (real := os.path.realpath(place)) in seen:  # a link back, or a second one
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            starts += [path for name in folders if (path := Path(place, name)).is_symlink()]
+            paths = (Path(place, name) for name in names if not name.startswith("."))
+            found += [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES and _may_be_read(path)]
     return sorted(found), failures
+
+
+def _may_be_read(path: Path) -> bool:
+    """False of pipes and devices; what may not be looked at is named when it is read."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +130,8 @@ def read_audio(
 
 def is_sound(audio_S: np.ndarray) -> bool:
     """Whether all samples are numbers, and of a size that sound has."""
-    return bool(np.abs(audio_S).max(initial=0.0) <= _LOUDEST)  # a comparison with NaN is false
+    low, high = float(audio_S.min(initial=0.0)), float(audio_S.max(initial=0.0))
+    return low >= -_LOUDEST and high <= _LOUDEST  # a comparison with NaN is false
 
 
 def probe(path: str | Path) -> AudioInfo:

@@ -3,11 +3,11 @@
 Letters: L spoken languages (those of the model), E experts, S samples.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mole_asr.errors import MoleError
+from mole_asr.errors import MoleError, print_skipped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,14 +27,14 @@ class RoutingLoads:
         experts: their names: those of the languages, or of the families that share them.
         loads_LE: unit -> float32 [L, E] frames; rows are true languages.
         reliability: unit -> mean r over frames.
-        failures: (id, reason) of each utterance that was skipped.
+        failures: "id: reason" of each utterance that could not be read and was skipped.
     """
 
     languages: list[str]
     experts: list[str]
     loads_LE: dict[str, "Tensor"]
     reliability: dict[str, float]
-    failures: list[tuple[str, str]] = field(default_factory=list)
+    failures: list[str]
 
     def __str__(self) -> str:
         from mole_asr.moe.statistics import purity
@@ -49,7 +49,7 @@ class RoutingLoads:
             load = "".join(f"{100 * load:8.1f}" for load in (loads_LE.sum(0) / loads_LE.sum().clamp(min=1)).tolist())
             lines.append(f"load    {load}")
             lines.append(f"purity {float(purity(loads_LE)):.3f}, mean reliability {self.reliability[unit]:.3f}\n")
-        return "\n".join([*lines, *(f"skipped {reason}" for _, reason in self.failures)]).rstrip()
+        return "\n".join(lines).rstrip()
 
 
 def routing(model: str, manifest: str, output: str | None = None) -> RoutingLoads:
@@ -77,6 +77,7 @@ def routing(model: str, manifest: str, output: str | None = None) -> RoutingLoad
     loads = _count(recogniser, Manifest(manifest))
     if output is not None:
         _draw(loads, Path(output))
+    print_skipped(loads.failures)
     return loads
 
 
@@ -93,7 +94,7 @@ def _count(recogniser: "Recogniser", manifest: "Manifest") -> RoutingLoads:
         try:
             found = _route(recogniser, torch.from_numpy(utterance.read_whole()))
         except (MoleError, OSError) as error:
-            failures.append((utterance.id, f"{utterance.id}: {error}"))
+            failures.append(f"{utterance.id}: {error}")
             continue
         spoken = recogniser.languages.index(utterance.language)
         for unit, (loads_E, total) in found.items():
@@ -102,7 +103,7 @@ def _count(recogniser: "Recogniser", manifest: "Manifest") -> RoutingLoads:
     frames = float(loads_LE["frame"].sum())
     if not frames:
         known = ", ".join(recogniser.languages)
-        first = f"; {failures[0][1]}" if failures else ""
+        first = f"; {failures[0]}" if failures else ""
         raise MoleError(f"{manifest.path}: no readable utterance in a language of the model ({known}){first}")
     mean = {unit: total / frames for unit, total in reliability.items()}
     return RoutingLoads(recogniser.languages, experts, loads_LE, mean, failures)

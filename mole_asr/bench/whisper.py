@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mole_asr.arguments import check_at_least
 from mole_asr.audio.read import SAMPLING_RATE_HZ
-from mole_asr.errors import MoleError
+from mole_asr.errors import MoleError, print_skipped
 from mole_asr.files import atomic_path, write_text
 from mole_asr.transcribe.command import TranscribeResult
 from mole_asr.transcribe.transcript import Segment, Transcript
@@ -172,8 +172,7 @@ def _end(
     result.write_stats(path, settings)
     print(
         f"{result.files} utterances, {result.audio_s:.1f} s of sound in {result.seconds:.1f} s "
-        f"(real-time factor {result.real_time_factor:.3f}), {len(result.failures)} skipped",
+        f"(real-time factor {result.real_time_factor:.3f})",
         file=sys.stderr,
     )
-    for name, reason in result.failures:
-        print(f"skipped {name}: {reason}", file=sys.stderr)
+    print_skipped(f"{name}: {reason}" for name, reason in result.failures)

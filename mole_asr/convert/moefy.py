@@ -10,7 +10,7 @@ from mole_asr.convert.report import Conversion, lines_of
 from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
 from mole_asr.convert.training import check_positive, imitate, relu_adaptation
-from mole_asr.errors import MoleError
+from mole_asr.errors import MoleError, print_skipped
 from mole_asr.files import check_output_folder
 from mole_asr.moe.convert.splits import Split
 
@@ -93,6 +93,7 @@ def moefy(
     speed = measure_speed(parts, layers, shown)
     after = host.quality(tests) if tests else None
     host.save(output)
+    print_skipped(host.failures)
     return Conversion([*lines_of(layers, errors, speed, before, after), f"{output}: written"], host.failures)
 
 

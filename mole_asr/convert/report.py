@@ -18,10 +18,10 @@ class Conversion:
     """
 
     lines: Sequence[str]
-    failures: Sequence[str] = ()
+    failures: Sequence[str]
 
     def __str__(self) -> str:
-        return "\n".join([*self.lines, *(f"skipped {failure}" for failure in self.failures)])
+        return "\n".join(self.lines)
 
 
 def lines_of(

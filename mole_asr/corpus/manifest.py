@@ -233,7 +233,7 @@ def _to_cut(utterance: Utterance) -> dict[str, Any]:
     }
 
 
-def _seconds(key: str, value: Any) -> float:
+def _number(key: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -260,20 +260,22 @@ def _from_cut(cut: dict[str, Any], folder: Path) -> Utterance:
     channels = source.get("channels", [0])
     if cut.get("type", "MonoCut") == "MonoCut" and len(channels) > 1:
         raise ValueError(f"it picks one of {len(channels)} channels, and we average them; save it as audio first")
-    supervisions = sorted(cut.get("supervisions", []), key=lambda supervision: supervision.get("start", 0.0))
+    supervisions = sorted(cut.get("supervisions") or [], key=lambda supervision: supervision.get("start", 0.0))
     first = supervisions[0] if supervisions else {}
-    start_s = _seconds("start", cut.get("start", 0))
-    duration_s = _seconds("duration", cut.get("duration", recording.get("duration", 0)))
+    start_s = _number("start", cut.get("start", 0))
+    duration_s = _number("duration", cut.get("duration", recording.get("duration", 0)))
     if not 0 < duration_s < float("inf"):
         raise ValueError(f"its duration is {duration_s} s")
     if not 0 <= start_s < float("inf"):
         raise ValueError(f"its start is {start_s} s")
-    if int(recording["sampling_rate"]) < 1:
-        raise ValueError(f"its sampling rate is {recording['sampling_rate']}")
+    sampling_rate_hz = _number("sampling_rate", recording["sampling_rate"])
+    if not 1 <= sampling_rate_hz < float("inf"):
+        raise ValueError(f"its sampling rate is {sampling_rate_hz}")
     speaker = "" if first.get("speaker") is None else first["speaker"]
-    speaker = str(speaker) if type(speaker) is int else speaker
+    own_id, speaker = (str(value) if type(value) is int else value for value in (cut["id"], speaker))
     for name, value in (
-        ("id", str(cut["id"])),
+        ("id", own_id),
+        ("source", source["source"]),
         ("language", first.get("language") or ""),
         ("speaker", speaker),
         *(("text", supervision.get("text") or "") for supervision in supervisions),
@@ -281,14 +283,14 @@ def _from_cut(cut: dict[str, Any], folder: Path) -> Utterance:
         if not isinstance(value, str) or not is_unicode(value):
             raise ValueError(f"its {name} is {value!a}, no text")
     return Utterance(
-        id=str(cut["id"]),
+        id=own_id,
         audio_path=folder / source["source"],
         start_s=start_s,
         duration_s=duration_s,
-        sampling_rate_hz=int(recording["sampling_rate"]),
+        sampling_rate_hz=int(sampling_rate_hz),
         text=" ".join(text for s in supervisions if (text := (s.get("text") or "").strip())),
         language=first.get("language") or "",
         speaker=speaker or None,
-        num_samples=int(recording.get("num_samples", 0)),
+        num_samples=int(_number("num_samples", recording.get("num_samples", 0))),
         channels=len(channels),
     )

@@ -13,8 +13,8 @@ _JOINERS = "\u200c\u200d"  # within Persian and Indic words they are spelling; e
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _DECIMAL_POINT = frozenset({"en", "he", "ja", "ko", "th", "zh"})  # here 1,000.5; elsewhere 1.000,5
 _BROKEN = frozenset({"am"})  # num2words never returns for some Amharic numbers
-# num2words reads fractions of these wrongly (2.05 as 2.5, or as two point four); they are read digit by digit.
-_POINTS = {"bn": "দশমিক", "fa": "ممیز", "tr": "virgül"}
+# num2words reads fractions of these wrongly (2.05 as 2.5 or two point four, 0.5 as fifty); they are read by digits.
+_POINTS = {"ar": "فاصلة", "bn": "দশমিক", "fa": "ممیز", "tr": "virgül", "vi": "phẩy"}
 _MAX_DIGITS = 9  # a longer number is a telephone number or the like: digit by digit
 
 

@@ -46,6 +46,7 @@ class WordList:
             likely[without_accents(word)] += _PLAIN * count
         for word, count in counts.items():
             likely[word] = max(likely[word], count)
+        likely = {word: count for word, count in likely.items() if count > 0}  # a tenth of the least float is 0
         self._log_probs = {word: math.log(count) - math.log(total) for word, count in likely.items()}
         # Of the likeliest word that begins so.
         self._begun: dict[str, float] = {}

@@ -13,7 +13,7 @@ import numpy as np
 from mole_asr.asr.routing import Routing, hear_languages
 from mole_asr.corpus.manifest import Manifest
 from mole_asr.errors import MoleError
-from mole_asr.files import check_folder, write_text
+from mole_asr.files import check_folder, check_keeps, write_text
 from mole_asr.score.charts import read_curves
 from mole_asr.score.page import page
 from mole_asr.score.score import ScoreReport, score
@@ -50,17 +50,21 @@ def report(
         seed: of the bootstrap.
 
     Raises:
-        MoleError: a file is missing, malformed or does not fit the others, or the folder cannot be made.
+        MoleError: a file is missing, malformed, does not fit the others or would be replaced, or the folder cannot be
+            made.
     """
     check_folder(output)
+    figures_path, page_path = Path(output) / "report.json", Path(output) / "report.html"
+    for path in (figures_path, page_path):
+        check_keeps(path, (reference, hypothesis))
     curves = read_curves(logs) if logs is not None else None
     result = score(reference, hypothesis, by="language", fold_accents=fold_accents, seed=seed)
     stats = _read_stats(Path(hypothesis).with_suffix(".stats.json"))
     result = replace(result, seconds=stats.pop("seconds", None))
     figures = {**stats, **result.to_dict(), "transcribe_seconds": result.seconds, "seconds": seconds}
-    write_text(Path(output) / "report.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    write_text(figures_path, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     routing = _routing(model, reference) if model is not None else None
-    write_text(Path(output) / "report.html", page(result, curves, routing))
+    write_text(page_path, page(result, curves, routing))
     return result
 
 

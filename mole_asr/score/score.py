@@ -11,7 +11,7 @@ import numpy as np
 from mole_asr.arguments import check_seed
 from mole_asr.corpus.languages import check_language
 from mole_asr.errors import MoleError
-from mole_asr.files import write_text
+from mole_asr.files import check_keeps, write_text
 from mole_asr.score.bootstrap import RESAMPLES, Difference
 from mole_asr.score.groups import WORDS, Group, GroupScore, Macro, count_errors, differences, make_groups
 from mole_asr.score.pairs import Pair, pair, read_sentences
@@ -134,9 +134,8 @@ def score(
     """
     if output is not None and Path(output).suffix not in (".json", ".html"):
         raise MoleError(f"output {output}: the name must end in .json or .html")
-    for each in (reference, hypothesis, against):
-        if output is not None and each is not None and Path(output).resolve() == Path(each).resolve():
-            raise MoleError(f"output {output}: is what is scored, and would be replaced; give another name")
+    if output is not None:
+        check_keeps(output, (reference, hypothesis, against))
     check_seed(seed)
     for code in (*fold_accents, *([] if language is None else [language])):
         check_language(code)

@@ -9,11 +9,13 @@ from mole_asr.score.pairs import Pair
 
 # Other languages that we know are written in Latin letters. The names are first words of Unicode's character names.
 _SCRIPTS = {
-    "CYRILLIC": "ba be bg kk ky mk mn ru tg tt uk",
+    "CYRILLIC": "ba be bg ce kk ky mk mn ru tg tt uk",
     "CYRILLIC LATIN": "sr uz",
     "GREEK": "el",
     "ARABIC": "ar ckb fa ps sd ug ur",
+    "ARABIC LATIN": "ku",
     "HEBREW": "he yi",
+    "THAANA": "dv",
     "DEVANAGARI": "hi mr ne",
     "BENGALI": "as bn",
     "GUJARATI": "gu",
@@ -28,9 +30,10 @@ _SCRIPTS = {
     "LAO": "lo",
     "KHMER": "km",
     "MYANMAR": "my",
+    "TIBETAN": "bo",
     "GEORGIAN": "ka",
     "ARMENIAN": "hy",
-    "ETHIOPIC": "am",
+    "ETHIOPIC": "am ti",
     "HANGUL": "ko",
     "CJK": "yue zh",
     "CJK HIRAGANA KATAKANA": "ja",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mole_asr.errors import MoleError
+from mole_asr.errors import MoleError, print_skipped
 from mole_asr.files import atomic_path, check_folder, write_text
 from mole_asr.transcribe.transcript import Transcript
 from mole_asr.transcribe.writers import WRITERS
@@ -164,7 +164,7 @@ def _check_results(folder: Path | None, results: Iterable[Path]) -> None:
     for parent in sorted({path.parent for path in results}):
         check_folder(parent)
     seen: set[str] = set()
-    for path in results:
+    for path in results:  # recordings have names of their own, but `x.stats.json` is that of the manifest x.jsonl too
         if str(path).lower() in seen:
             raise MoleError(f"{path}: two results would go there; give one of the inputs another name")
         seen.add(str(path).lower())
@@ -283,9 +283,9 @@ def _find_inputs(files: list[str]) -> tuple[dict[Path, Path], list[Path], list[t
         found, is_folder = [path], os.path.isdir(path)  # a path that cannot be looked at is named when it is read
         if is_folder:
             found, unseen = find_audio(path)
-            failures += [(str(path), reason) for reason in unseen]
+            failures += unseen
             if not found and not unseen:
-                failures.append((str(path), f"{path}: no audio file in this folder"))
+                failures.append((str(path), "no audio file in this folder"))
         for file in found:
             if (real := os.path.realpath(file)) in seen:
                 continue
@@ -295,7 +295,7 @@ def _find_inputs(files: list[str]) -> tuple[dict[Path, Path], list[Path], list[t
             else:
                 recordings[file] = (file.relative_to(path) if is_folder else Path(file.name)).with_suffix("")
     if not recordings and not manifests:
-        raise MoleError(failures[0][1] if failures else "no input: name audio files, folders or manifests")
+        raise MoleError(": ".join(failures[0]) if failures else "no input: name audio files, folders or manifests")
     return recordings, manifests, failures
 
 
@@ -322,7 +322,4 @@ def _print_summary(total: TranscribeResult) -> None:
         f"(real-time factor {total.real_time_factor:.3f})",
         file=sys.stderr,
     )
-    if total.failures:
-        print(f"{len(total.failures)} skipped:", file=sys.stderr)
-        for name, reason in total.failures:
-            print(f"  {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
+    print_skipped(reason if name in reason else f"{name}: {reason}" for name, reason in total.failures)

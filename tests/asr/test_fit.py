@@ -61,8 +61,8 @@ def test_a_missing_recording_is_skipped_and_named(
     for _ in range(2):  # a run that is complete remembers
         assert main(["fit", *command(data__train_manifest=tmp_path / "holed.jsonl", trainer__max_epochs=1)]) == 1
         assert (tmp_path / "run" / "model" / "model.safetensors").exists()
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped ")]
-        assert line.startswith("skipped u3: ") and "gone.wav" in line
+        head, line = capsys.readouterr().err.splitlines()[-2:]
+        assert head == "1 skipped:" and line.startswith("  u3: ") and "gone.wav" in line
 
 
 def test_what_any_process_skips_is_named_by_the_first(
@@ -76,7 +76,7 @@ def test_what_any_process_skips_is_named_by_the_first(
     for _ in range(2):  # a run that is complete remembers
         shown = subprocess.run([sys.executable, "-m", "mole_asr.cli", "fit", *words], capture_output=True, text=True)
         at_the_end = shown.stderr.partition("model written")[2].splitlines()[1:]
-        assert [line.split(":")[0] for line in at_the_end] == ["skipped u3", "skipped u4", "skipped u5", "skipped u6"]
+        assert [line.split(":")[0] for line in at_the_end] == ["4 skipped", "  u3", "  u4", "  u5", "  u6"]
         assert shown.returncode == 1 and (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 

@@ -72,12 +72,22 @@ def test_hugging_face_folder(
     check(checkpoint, whisper_model, features_BTF)
 
 
-def test_sizes_that_are_none_are_named(whisper_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_model": "x"}, r"config\.json: d_model is 'x', no size"),
+        ({"max_source_positions": -1}, r"config\.json: max_source_positions is -1, no size"),
+        ({"encoder_attention_heads": None}, r"config\.json: encoder_attention_heads is None, no size"),
+        ({"decoder_attention_heads": 5}, "5 heads of the decoder do not part its width, 32"),
+        ({"d_model": 36}, "is .*, not .* as its sizes say"),
+    ],
+)
+def test_wrong_sizes_are_named(whisper_folder: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
     for path in whisper_folder.iterdir():
         shutil.copy(path, tmp_path)
     sizes = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(sizes | {"d_model": "x"}))
-    with pytest.raises(MoleError, match="its sizes make no model"):
+    (tmp_path / "config.json").write_text(json.dumps(sizes | changes))
+    with pytest.raises(MoleError, match=message):
         load_whisper(tmp_path)
 
 

@@ -256,11 +256,16 @@ def test_names_and_rates_that_no_library_takes(tmp_path: Path) -> None:
     assert np.allclose(read_audio(tmp_path / "near.wav"), melody(16000), atol=1e-4)
 
 
-def test_a_header_that_claims_too_much_is_no_reason_to_fail(tmp_path: Path) -> None:
+def test_a_header_that_claims_too_much_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soundfile.write(tmp_path / "a.flac", melody(16000), 16000)
     content = bytearray((tmp_path / "a.flac").read_bytes())
     content[21:26] = bytes([content[21] | 0x0F, 255, 255, 255, 255])  # 2^36 - 1 samples
     (tmp_path / "a.flac").write_bytes(content)
+
+    def no_memory(*words: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", no_memory)  # some systems promise any amount
     with pytest.raises(MoleError, match=r"a\.flac: claims to hold 68719476735 samples"):
         read_audio(tmp_path / "a.flac")
 

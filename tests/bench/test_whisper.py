@@ -109,7 +109,7 @@ def test_an_unreadable_recording_is_skipped(manifest: Path, peer: Peer, capsys: 
     (manifest.parent / "u1.wav").unlink()
     result = run(manifest)
     assert [name for name, _ in result.failures] == ["u1"] and result.files == 2
-    assert f"skipped u1: {manifest.parent / 'u1.wav'}" in capsys.readouterr().err
+    assert f"1 skipped:\n  u1: {manifest.parent / 'u1.wav'}" in capsys.readouterr().err
 
 
 def test_mistakes_are_explained(manifest: Path, peer: Peer) -> None:

@@ -88,8 +88,8 @@ def test_what_cannot_be_read_is_skipped_and_named(
         write_manifest(chosen, tmp_path / f"{name}.jsonl")
     words = ["convert", "factor", speech / "model", tmp_path / "out", "--slices", 4, "--steps", 2, "--data"]
     assert run(*words, tmp_path / "holed.jsonl", "--test", tmp_path / "holed.jsonl") == 1
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
-    assert line.startswith("skipped 0: ") and "gone.wav" in line
+    head, line = capsys.readouterr().err.splitlines()[-2:]
+    assert head == "1 skipped:" and line.startswith("  0: ") and "gone.wav" in line
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert run(*words, tmp_path / "empty.jsonl") == 1
     assert "empty.jsonl: no readable utterance; " in capsys.readouterr().err

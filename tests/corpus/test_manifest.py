@@ -155,9 +155,12 @@ def test_a_text_of_blanks_is_none(tmp_path: Path) -> None:
     assert [utterance.text for utterance in Manifest(tmp_path / "cuts.jsonl")] == ["a b c", ""]
 
 
+def _recording(**changes: Any) -> dict[str, Any]:
+    return {"sources": [{"type": "file", "channels": [0], "source": "/a.wav"}], "sampling_rate": 16000} | changes
+
+
 def _cut(**changes: Any) -> dict[str, Any]:
-    sources = [{"type": "file", "channels": [0], "source": "/a.wav"}]
-    return {"id": "x", "duration": 1.0, "recording": {"sources": sources, "sampling_rate": 16000}} | changes
+    return {"id": "x", "duration": 1.0, "recording": _recording()} | changes
 
 
 @pytest.mark.parametrize(
@@ -170,6 +173,10 @@ def _cut(**changes: Any) -> dict[str, Any]:
         (json.dumps(_cut(type="MixedCut")), "MixedCut"),
         (json.dumps(_cut(duration=0)), "its duration is 0.0 s"),
         (json.dumps(_cut(start=float("nan"))), "its start is nan s"),
+        (json.dumps(_cut(id=None)), "its id is None, no text"),
+        (json.dumps(_cut(recording=_recording(sampling_rate=None))), "its sampling_rate is None, no number"),
+        (json.dumps(_cut(recording=_recording(num_samples="many"))), "its num_samples is 'many', no number"),
+        (json.dumps(_cut(recording=_recording(sources=[{"type": "file", "source": 1}]))), "its source is 1, no text"),
         (json.dumps(_cut(start=None)), "its start is None, no number"),
         (json.dumps(_cut(duration="2 s")), "its duration is '2 s', no number"),
         (json.dumps(_cut(recording=None)), "its recording is None, no object"),

@@ -97,11 +97,13 @@ def test_digits_are_spelled(language: str, expected: str) -> None:
         ("7", "pt-BR", "sete"),
         ("0,1234", "hu", "nulla egy kettő három négy"),  # num2words fails
         ("0,00005", "ru", "ноль ноль ноль ноль ноль пять"),
-        ("0.000001", "ar", "صفر صفر صفر صفر صفر صفر واحد"),
+        ("0.000001", "ar", "صفر فاصلة صفر صفر صفر صفر صفر واحد"),
         ("2.05", "tr", "iki virgül sıfır beş"),  # num2words says 2.4
         ("2.0", "tr", "iki"),
         ("12.05", "bn", "বারো দশমিক শূন্য পাঁচ"),
         ("2.05", "fa", "دو ممیز صفر پنج"),
+        ("0.5", "ar", "صفر فاصلة خمسة"),  # num2words says fifty
+        ("0.165", "vi", "không phẩy một sáu năm"),
     ],
 )
 def test_numbers(text: str, language: str, expected: str) -> None:
@@ -111,8 +113,9 @@ def test_numbers(text: str, language: str, expected: str) -> None:
 @pytest.mark.parametrize("language", sorted(set(CONVERTER_CLASSES) - {"am"}))
 def test_decimals_that_differ_are_read_differently(language: str) -> None:
     code = language.replace("_", "-")
-    texts = [normalize(f"{value:.2f}", code) for value in (0.01, 0.05, 0.1, 0.28, 0.29, 0.5, 2.05, 2.5)]
-    assert len(set(texts)) == len(texts)
+    numbers = ("0.01", "0.05", "0.1", "0.28", "0.29", "0.5", "2.05", "2.5", "0.001", "0.165", "1", "5", "50", "165")
+    texts = [normalize(number, code) for number in numbers]
+    assert len(set(texts)) == len(texts) and all(texts)
 
 
 @pytest.mark.parametrize(

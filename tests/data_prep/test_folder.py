@@ -1,7 +1,9 @@
+import errno
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,8 +83,8 @@ def test_unusable_recordings_are_named_and_skipped(tmp_path: Path, capsys: pytes
         "silent.wav",
         "textless.wav",
     ]
-    output = capsys.readouterr().out
-    assert all(f"skipped: {failure}" in output for failure in result.failures)
+    errors = capsys.readouterr().err
+    assert errors.splitlines() == [f"{len(result.failures)} skipped:", *(f"  {each}" for each in result.failures)]
     assert "broken.wav" in (tmp_path / "out" / "left_out.tsv").read_text()
 
 
@@ -137,9 +139,14 @@ def test_the_same_text_is_never_in_two_splits(tmp_path: Path) -> None:
         ("t.csv", "path,text,language\na.wav,x,English\n", "t.csv, row 1: 'English' is no language code"),
         ("t.csv", "path,text,language\n.,x,en\n", "t.csv, row 1: '.' is no file"),
         ("t.csv", "path,text,language,split\na.wav,x,en,valid\n", "'valid' is no split"),
-        ("t.csv", "path,text\na.wav,hello, my world\n", "t.csv, row 1: it has more cells than the header"),
-        ("t.tsv", "path\ttext\na.wav\thello\tworld\n", "t.tsv, row 1: it has more cells than the header"),
-        ("t.csv", 'path,text,language\na.wav,"x,en\nb.wav,y,en\n', "t.csv: the table cannot be read"),
+        ("t.csv", "path,text\na.wav,hello, my world\n", "t.csv, row 1: it has more cells .* commas between quotes"),
+        ("t.tsv", "path\ttext\na.wav\thello\tworld\n", "t.tsv, row 1: it has more cells .* take out tabs in texts"),
+        (
+            "t.csv",
+            'path,text,language\na.wav,x,en\nb.wav,"y,en\nc.wav,z,en\n',
+            "t.csv: .* cannot be read behind row 1 ",
+        ),
+        ("t.csv", 'path,text,language\na.wav,"x" he said,en\n', "t.csv: .* cannot be read behind row 0 "),
         ("t.jsonl", '{"path": "a.wav", "text": ["x", "y"]}', r"row 1: its text is \['x', 'y'\], no text"),
         ("t.jsonl", "\n\n{", "t.jsonl, row 3: is no JSON object"),
         ("t.jsonl", "[]", "t.jsonl, row 1: is no JSON object"),
@@ -158,6 +165,43 @@ def test_malformed_table_is_one_clear_line(tmp_path: Path, name: str, content: s
     with pytest.raises(MoleError, match=message) as caught:
         prepare(path, tmp_path / "out")
     assert "\n" not in str(caught.value)
+
+
+def test_empty_cells_beyond_the_header_do_no_harm(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav")
+    (tmp_path / "t.csv").write_text("path,text,language\na.wav,yes,en,,\n")
+    assert sum(prepare(tmp_path / "t.csv", tmp_path / "out").utterances.values()) == 1
+
+
+def test_a_link_changes_no_language(tmp_path: Path) -> None:
+    record(tmp_path / "in" / "en" / "a.wav", "a")
+    record(tmp_path / "elsewhere" / "b.wav", "b")
+    for name, target in (("all", "in/en"), ("es", "in/en"), ("fr", "elsewhere")):
+        (tmp_path / "in" / name).symlink_to(tmp_path / target)
+    prepare(tmp_path / "in", tmp_path / "out", language="it")
+    assert {id: row.language for id, (_, row) in rows(tmp_path / "out").items()} == {"en_a": "en", "fr_b": "fr"}
+
+
+def test_a_pipe_is_no_recording(tmp_path: Path) -> None:
+    record(tmp_path / "en" / "a.wav", "a")
+    os.mkfifo(tmp_path / "en" / "pipe.wav")
+    assert not prepare(tmp_path / "en", tmp_path / "out").failures
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(tmp_path / "en" / "a.wav", "a")
+    record(tmp_path / "en" / "locked" / "b.wav", "b")
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:  # root may look into every folder, so that it is the system's word that is changed
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    result = prepare(tmp_path / "en", tmp_path / "out")
+    assert result.failures == [f"{tmp_path / 'en' / 'locked'}: Permission denied"]
+    assert list(rows(tmp_path / "out")) == ["a"]
 
 
 def test_other_user_errors(tmp_path: Path) -> None:

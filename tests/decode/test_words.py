@@ -70,7 +70,7 @@ def test_what_is_joined_by_an_apostrophe_counts_as_its_parts() -> None:
 
 
 def test_counts_may_be_of_any_size() -> None:
-    words = WordList("en", {"seldom": 1e-320, "often": 1e10})
+    words = WordList("en", {"seldom": 1e-320, "often": 1e10, "séldom": 1e-323})
     assert -800 < words.log_prob("seldom") < words.log_prob("often") == 0
 
 

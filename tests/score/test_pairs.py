@@ -99,7 +99,7 @@ def test_a_pipe_is_read_once_or_refused(tmp_path: Path) -> None:
         writer = Thread(target=(tmp_path / name).write_text, args=[content])
         writer.start()
         if found is None:
-            with pytest.raises(MoleError, match="cuts: is a pipe, and has to be read more than once"):
+            with pytest.raises(MoleError, match="cuts: is a pipe or a device, and has to be read more than once"):
                 read_sentences(tmp_path / name)
         else:
             assert len(read_sentences(tmp_path / name).sentences) == found

@@ -1,4 +1,5 @@
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -180,7 +181,12 @@ def test_what_cannot_be_written_or_read_is_named(files: tuple[Path, Path], tmp_p
     with pytest.raises(MoleError, match=r"^output .*: is a file; give a folder$"):
         report(*files, files[0])
     with pytest.raises(MoleError, match="Is a directory"):
-        report(files[0], "", tmp_path / "out")
+        report(files[0], str(tmp_path), tmp_path / "out")
+    for name in ("report.json", "report.html"):
+        read = shutil.copy(files[0], tmp_path / name)
+        for pair in ((read, files[1]), (files[0], read)):
+            with pytest.raises(MoleError, match="is what is scored, and would be replaced"):
+                report(*pair, tmp_path)
 
 
 def test_a_picture_that_cannot_be_drawn_is_left_out(
