@@ -19,7 +19,7 @@ from torch import Tensor
 from mole_asr.asr.familiarity import remember
 from mole_asr.asr.generations import Generation, keep_languages, set_generations
 from mole_asr.asr.model import EncoderConfig, MoleModel
-from mole_asr.asr.model_files import read_json
+from mole_asr.asr.model_files import read_own_config
 from mole_asr.asr.pretrained import ENCODERS, EncoderSizes, PretrainedConfig, PretrainedModel
 from mole_asr.asr.replay import load_examples, save_examples
 from mole_asr.asr.whisper_tokenizer import WhisperTokenizer
@@ -73,8 +73,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
         MoleError: a file is missing or does not fit the others.
     """
     folder = Path(folder)
-    kinds, todo = {"config.json": dict, "languages.json": list}, "give the model folder that `mole-asr fit` wrote"
-    config, languages = (read_json(folder / name, todo, kind) for name, kind in kinds.items())
+    config, languages = read_own_config(folder)
     if "network" in config:
         raise MoleError(f"{folder}: holds a language model, not a recogniser; give the folder of one")
     tokenizer = TextTokenizer(folder)

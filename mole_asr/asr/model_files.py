@@ -84,6 +84,16 @@ def read_json(path: Path, todo: str = "give the folder of a whole model", kind: 
     return value
 
 
+def read_own_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The config and the languages of a model that `fit` has written.
+
+    Raises:
+        MoleError: one of the files cannot be read.
+    """
+    todo = "give the model folder that `mole-asr fit` wrote"
+    return read_json(folder / CONFIG, todo), read_json(folder / "languages.json", todo, list)
+
+
 def read_weights(folder: Path) -> Tensors:
     """The tensors of a folder in Hugging Face's format, whole or in shards.
 

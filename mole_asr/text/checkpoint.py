@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
-from mole_asr.asr.model_files import read_json
+from mole_asr.asr.model_files import read_own_config
 from mole_asr.errors import MoleError
 from mole_asr.files import atomic_path, write_text
 from mole_asr.moe.convert.sliced import describe, rebuild
@@ -65,8 +65,7 @@ def load_text_model(folder: str | Path, device: str | torch.device = "cpu") -> L
         MoleError: a file is missing or does not fit the others.
     """
     folder = Path(folder)
-    kinds, todo = {"config.json": dict, "languages.json": list}, "give the model folder that `mole-asr fit` wrote"
-    config, languages = (read_json(folder / name, todo, kind) for name, kind in kinds.items())
+    config, languages = read_own_config(folder)
     vocabulary = load_saved_vocabulary(folder)
     try:
         if "network" not in config or config["format"] != FORMAT:
