@@ -145,7 +145,7 @@ def select_cases(
     """All cases of these sizes; what a kind has no use for is not multiplied, more slots than experts are left out.
 
     Raises:
-        MoleError: a size below one, or slices so wide that a quarter of them is none.
+        MoleError: a size below one, slices that do not divide their layer, or so wide that a quarter of them is none.
     """
     if min(*d_models, *experts, *top_k, *rows, *neurons, 1 if d_ff is None else d_ff) < 1:
         raise MoleError("sizes must be 1 or more")
@@ -155,6 +155,8 @@ def select_cases(
             for f in neurons:
                 if width // f < 4:
                     raise MoleError(f"--neurons {f}: of {width} neurons a quarter must be a slice or more")
+                if width % f:
+                    raise MoleError(f"--neurons {f}: {width} neurons are no whole number of such slices")
                 yield Case(kind, dtype, d_model, f, width // f, width // f // 4, n, "even", "relu", False)
             continue
         for e, k, skew in product(experts, top_k if kind == "token" else (1,), skews):

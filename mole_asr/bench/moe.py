@@ -106,6 +106,9 @@ def moe(
             found += measured
             if output is not None:  # after each case, so that an interrupted run leaves what it has
                 write_text(output, json.dumps(found, indent=1) + "\n")
+    idle = [name for name in backends if all(row["backend"] != name for row in found)]
+    if idle:
+        print(f"\nnot measured, as they compute none of these cases on this device: {', '.join(idle)}")
     return Bench(found)
 
 

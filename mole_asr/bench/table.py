@@ -23,7 +23,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows of one case; columns that no row fills are left out."""
     columns = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
     heads = "".join(f"{_COLUMNS[key]:>10}" for key in columns)
-    lines = [f"  {'pass':<17}{'backend':<20}{'ms':>10}{'quartiles':>16}{heads}{'error':>10}"]
+    lines = [f"  {'pass':<17}{'backend':<20}{'ms':>10} {'quartiles':>18}{heads}{'error':>10}"]
     lines += [_line(row, columns) for row in rows]
     return "\n".join(lines)
 
@@ -34,7 +34,7 @@ def _line(row: dict[str, Any], columns: list[str]) -> str:
         return f"{start}refused, {row['refusal']}"
     quartiles = f"{row['milliseconds_low']:.4g}..{row['milliseconds_high']:.4g}"
     cells = "".join(_cell(row.get(key), _DIGITS.get(key, 2)) for key in columns)
-    return f"{start}{row['milliseconds']:>10.4g}{quartiles:>16}{cells}{row['error']:>10.1e}"
+    return f"{start}{row['milliseconds']:>10.4g} {quartiles:>18}{cells}{row['error']:>10.1e}"
 
 
 def _cell(value: float | None, digits: int) -> str:

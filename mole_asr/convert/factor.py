@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mole_asr.arguments import check_at_least, check_seed
 from mole_asr.convert.host import DensePart, Host, open_host
 from mole_asr.convert.report import Conversion, lines_of
-from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
+from mole_asr.convert.slicing import CUT_ROWS, SHOWN_ROWS, Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
 from mole_asr.convert.training import check_positive, train
 from mole_asr.errors import MoleError, print_skipped
@@ -32,8 +32,6 @@ KINDS: dict[Learning, RouterKind] = {
     "oracle": "prior_oracle",
 }
 ROUTE_WEIGHT, BALANCE_WEIGHT = 0.05, 0.01
-_SHOWN_ROWS = 4096
-_CUT_ROWS = 20_000  # a part, by which the split coactivation cuts
 
 
 class EndToEndRouter(PseudoLabelRouter):
@@ -109,9 +107,9 @@ def factor(
     batches = host.read(data, rows, seed)
     tests = [] if test is None else host.read(test, rows, seed)
     before = host.quality(tests) if tests else None
-    heard = host.record(tests or batches, _SHOWN_ROWS)
+    heard = host.record(tests or batches, SHOWN_ROWS)
     torch.manual_seed(seed)  # routers start at random
-    layers = slice_parts(parts, cut, host.record(batches, _CUT_ROWS) if cut.needs_rows else heard)
+    layers = slice_parts(parts, cut, host.record(batches, CUT_ROWS) if cut.needs_rows else heard)
     for name, layer in layers.items():
         host.put(name, layer)
     train_slices(host, parts, batches, router, steps, lr, router_lr, seed)
@@ -205,11 +203,14 @@ def _replace_router(layer: SlicedLayer, kind: type[PseudoLabelRouter]) -> None:
 
 @contextmanager
 def _routed(layers: Mapping[str, SlicedLayer]) -> Iterator[dict[str, tuple[Tensor, RoutingPlan]]]:
-    """Yields the rows that each router gets, and its plan."""
+    """Yields the rows that each router gets first, and its plan: what is heard again is part of them."""
     found: dict[str, tuple[Tensor, RoutingPlan]] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], RoutingPlan], None]:
-        return lambda module, arguments, plan: found.__setitem__(name, (arguments[0].detach(), plan))
+        def note(module: nn.Module, arguments: tuple[Any, ...], plan: RoutingPlan) -> None:
+            found.setdefault(name, (arguments[0].detach(), plan))
+
+        return note
 
     handles = [layer.router.register_forward_hook(hook(name)) for name, layer in layers.items() if layer.router]
     try:

@@ -211,6 +211,7 @@ class Host(ABC):
         heard = {name: DrawnRows(limit) for name in parts}
         with _listening(parts) as inputs:
             for batch in batches:
+                inputs.clear()
                 found = self.predict(batch)
                 for name, x in inputs.items():
                     rows_ND, mask = x.detach().flatten(0, -2), found.valid_of(name)
@@ -255,11 +256,17 @@ def draw_rows(x_ND: Tensor, limit: int) -> Tensor:
 
 @contextmanager
 def _listening(parts: dict[str, DensePart]) -> Iterator[dict[str, Tensor]]:
-    """Yields the last input of each part, by name."""
+    """Yields the first input of each part since they were cleared, by name.
+
+    Blocks above a language tokenizer hear some utterances again where the text decoder changes their language.
+    """
     inputs: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, arguments: inputs.__setitem__(name, arguments[0])
+        def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs.setdefault(name, arguments[0])
+
+        return note
 
     handles = [part.listen.register_forward_pre_hook(hook(name)) for name, part in parts.items()]
     try:

@@ -7,14 +7,12 @@ from torch import Tensor
 from mole_asr.arguments import check_at_least, check_seed
 from mole_asr.convert.host import draw_rows, open_host
 from mole_asr.convert.report import Conversion, lines_of
-from mole_asr.convert.slicing import Cut, active_slices, output_error, slice_parts
+from mole_asr.convert.slicing import CUT_ROWS, SHOWN_ROWS, Cut, active_slices, output_error, slice_parts
 from mole_asr.convert.speed import measure_speed
 from mole_asr.convert.training import check_positive, imitate, relu_adaptation
 from mole_asr.errors import MoleError, print_skipped
 from mole_asr.files import check_output_folder
 from mole_asr.moe.convert.splits import Split
-
-_SHOWN_ROWS = 4096
 
 
 def moefy(
@@ -82,9 +80,9 @@ def moefy(
     if relu_steps:
         relu_adaptation(host, batches, relu_steps, lr, seed)
     parts = host.parts()
-    heard = host.record(batches) if batches else None
+    heard = host.record(batches, CUT_ROWS) if batches else None
     layers = slice_parts(parts, cut, heard)
-    shown = host.record(tests, _SHOWN_ROWS) if tests else _drawn(heard)
+    shown = host.record(tests, SHOWN_ROWS) if tests else _drawn(heard)
     for name, layer in layers.items():
         host.put(name, layer)
     if tune_steps:
@@ -98,4 +96,4 @@ def moefy(
 
 
 def _drawn(heard: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-    return None if heard is None else {name: draw_rows(x_ND, _SHOWN_ROWS) for name, x_ND in heard.items()}
+    return None if heard is None else {name: draw_rows(x_ND, SHOWN_ROWS) for name, x_ND in heard.items()}

@@ -29,6 +29,11 @@ _CHECKED_ROWS = 256
 Rows = Mapping[str, Tensor]
 """Rows [N, D] that each part gets in real use."""
 
+SHOWN_ROWS = 4096
+"""Rows a part by which it is compared with its slices."""
+CUT_ROWS = 20_000
+"""Rows a part by which it is cut, and routers are fitted before any training."""
+
 
 @dataclass(frozen=True)
 class Cut:

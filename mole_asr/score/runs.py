@@ -184,7 +184,7 @@ def recipe_parser(description: str, here: Path, data: str) -> argparse.ArgumentP
     root, style = here.parents[1], argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=style)
     parser.add_argument("--seeds", nargs="+", type=_whole_number, default=[0])
-    parser.add_argument("--steps", type=_positive_number, help="of each training; default: as the configs say")
+    parser.add_argument("--steps", type=positive_number, help="of each training; default: as the configs say")
     parser.add_argument("--data", type=Path, default=root / data, help="folder of the corpus (%(default)s)")
     parser.add_argument("--source", help="folder with the packages of the corpus, where they are fetched already")
     parser.add_argument("--runs", type=Path, default=root / "runs" / here.name, help="folder of the runs (%(default)s)")
@@ -196,9 +196,7 @@ def recipe_parser(description: str, here: Path, data: str) -> argparse.ArgumentP
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:
     """Adds the option of a recipe that works with `do_all`."""
-    parser.add_argument(
-        "--jobs", type=_positive_number, default=1, help="processes side by side, which share the cores"
-    )
+    parser.add_argument("--jobs", type=positive_number, default=1, help="processes side by side, which share the cores")
 
 
 def _whole_number(word: str) -> int:
@@ -207,7 +205,8 @@ def _whole_number(word: str) -> int:
     return int(word)
 
 
-def _positive_number(word: str) -> int:
+def positive_number(word: str) -> int:
+    """The type of an option that is a number from 1 on."""
     if not _whole_number(word):
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(word)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from mole_asr.moe.layer import MoELayer
-from mole_asr.moe.routers import LinearRouter, Router
+from mole_asr.moe.routers import CentroidRouter, LinearRouter, Router
 from mole_asr.moe.statistics import expert_cost
 from mole_asr.text.model import TextModel
 
@@ -18,7 +18,8 @@ class TokenCost:
     Attributes:
         total_parameters: of the whole model.
         active_parameters: those that compute one token, all of the embedding (it gives the logits too) among them.
-        feed_forward_flops: of the feed-forward parts, dense or experts with their routers.
+        feed_forward_flops: of the feed-forward parts, dense or experts with their routers, but for what oracles see:
+            they compute all slices, and are for comparison, not for use.
         flops: of everything.
     """
 
@@ -40,15 +41,21 @@ def token_cost(model: TextModel, window: int, experts_per_token: dict[int, float
     total = _count(model)
     active = float(total)
     feed_forward = 0.0
+    unused: dict[Router, int] = {}  # layers may share a router, which `total` counts once
     for layer, block in enumerate(model.blocks):
         part: Any = block.feed_forward
         if isinstance(part, MoELayer):
             cost = expert_cost(part.experts, experts_per_token[layer])
-            all_of_router, used = (0, 0) if part.router is None else (_count(part.router), _used(part.router))
-            active -= cost.total_parameters - cost.active_parameters + all_of_router - used
-            feed_forward += cost.flops_per_row + 2 * used
+            active -= cost.total_parameters - cost.active_parameters
+            feed_forward += cost.flops_per_row
+            if part.router is not None:
+                used = _used(part.router)
+                unused[part.router] = _count(part.router) - used
+                centroids = part.router.centroids_ED.numel() if isinstance(part.router, CentroidRouter) else 0
+                feed_forward += 2 * (used + centroids)
         else:
             feed_forward += 2 * _count(part)
+    active -= sum(unused.values())
     seen = (window + 1) / 2 if model.config.causal else window
     attention = model.config.num_layers * (2 * 4 * D * D + 2 * 2 * D * seen)
     logits = 2 * D * model.vocab_size

@@ -209,11 +209,13 @@ def routing_losses(policies: Mapping[int, ExpertsConfig], plans: Mapping[int, Ro
     they were published, but for one weight of both losses of "noisy_top_k", and router_z, which is ST-MoE's.
 
     Args:
-        policies: the config of each layer that has experts, by its place.
+        policies: the config of each layer that has experts, by its place; slices have none, and no loss.
         plans: what these layers did.
     """
     balance, sizes = [], []
     for layer, plan in plans.items():
+        if layer not in policies:  # the slices of a converted layer
+            continue
         policy = policies[layer].policy
         if policy in ("forced", "expert_choice"):
             continue

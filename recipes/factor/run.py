@@ -21,7 +21,7 @@ from mole_asr.convert.sweep import Bench, at_hand, check_settings
 from mole_asr.errors import MoleError
 from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import add_jobs, need_texts, origin, recipe_parser, run_recipe, train
+from mole_asr.score.runs import add_jobs, need_texts, origin, positive_number, recipe_parser, run_recipe, train
 
 KEY = ("model", "split", "slices", "router", "active")
 DENSE = {"split": "dense", "slices": 1, "router": "dense", "active": 1}
@@ -133,9 +133,11 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--speech", type=Path, default=root / "runs/prompts5/model", help="recogniser (%(default)s)")
     parser.add_argument("--speech-data", type=Path, default=root / "data/prompts5", help="its corpus (%(default)s)")
     parser.add_argument(
-        "--rows", type=int, help="tokens or frames to train on and to test on; default: as plan.py says"
+        "--rows", type=positive_number, help="tokens or frames to train on and to test on; default: as plan.py says"
     )
-    parser.add_argument("--tuning-steps", type=int, help="of the slices' short training; default: as plan.py says")
+    parser.add_argument(
+        "--tuning-steps", type=positive_number, help="of the slices' short training; default: as plan.py says"
+    )
     options = parser.parse_args(words)
     from pictures import draw
     from tables import write_tables

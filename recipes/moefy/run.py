@@ -35,7 +35,7 @@ from mole_asr.errors import MoleError
 from mole_asr.moe.convert.splits import Split
 from mole_asr.score.jobs import do_all
 from mole_asr.score.results import ResultFile
-from mole_asr.score.runs import add_jobs, need_texts, origin, recipe_parser, run_recipe, train
+from mole_asr.score.runs import add_jobs, need_texts, origin, positive_number, recipe_parser, run_recipe, train
 
 KEY = ("model", "split", "slices", "router", "active", "tuned")
 DENSE = {"split": "dense", "slices": 1, "router": "dense", "active": 1, "tuned": 0}
@@ -176,8 +176,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="where cuts are trained and timed (%(default)s)")
     parser.add_argument("--speech", type=Path, default=root / "runs/prompts5/model", help="recogniser (%(default)s)")
     parser.add_argument("--speech-data", type=Path, default=root / "data/prompts5", help="its corpus (%(default)s)")
-    parser.add_argument("--rows", type=int, help="tokens or frames to cut by and to test on; default: as plan.py says")
-    parser.add_argument("--training", type=int, nargs=2, metavar=("STEPS", "ROWS"), help="short ones, else as plan.py")
+    parser.add_argument(
+        "--rows", type=positive_number, help="tokens or frames to cut by and to test on; default: as plan.py says"
+    )
+    parser.add_argument(
+        "--training", type=positive_number, nargs=2, metavar=("STEPS", "ROWS"), help="short ones, else as plan.py"
+    )
     options = parser.parse_args(words)
     from pictures import draw
     from tables import write_tables

@@ -151,6 +151,17 @@ def test_memory_traffic_counts_each_tensor_once() -> None:
     assert Ceilings(1e12, 1e9).roofline_ms(1e9, 5e6) == 5
 
 
+def test_backends_that_compute_none_of_the_cases_are_named(capsys: pytest.CaptureFixture) -> None:
+    sizes = "--d-model 16 --rows 60 --experts 3 --dtype float32 --passes forward --repeat 1 --kinds token"
+    assert main(["bench", "moe", *sizes.split(), "--backends", "segment", "reference"]) == 0
+    assert "none of these cases on this device: segment\n" in capsys.readouterr().out
+
+
+def test_slices_that_do_not_divide_the_layer_are_refused(capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", "moe", "--kinds", "slices", "--d-model", "16", "--neurons", "3"]) == 1
+    assert "--neurons 3: 64 neurons are no whole number of such slices" in capsys.readouterr().err
+
+
 def test_functions_are_timed_in_turn() -> None:
     calls: list[str] = []
     times = time_in_turn({name: (lambda name=name: calls.append(name)) for name in "ab"}, 3, CPU)

@@ -102,7 +102,7 @@ def whisper_tokenizer() -> WhisperTokenizer:
 def pretrained_folder(speech: Path, tmp_path: Path) -> Callable[[str], Path]:
     """Makes the folder of an untrained recogniser on an encoder of another kind."""
     sizes: dict[str, WhisperConfig | Wav2Vec2Config | W2vBertConfig] = {
-        "whisper": WhisperConfig(80, 16, 32, 2, 2, 1, 2, 10),
+        "whisper": WhisperConfig(80, 16, 32, 3, 2, 1, 2, 10),  # a dense block lies above the language tokenizer
         "wav2vec2": Wav2Vec2Config(
             (8, 8, 8), (10, 8, 4), (5, 8, 8), False, True, 16, 32, 2, 2, 8, 2, norm_first=False, waveform_eps=1e-7
         ),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from mole_asr.bench.timing import Timing
 from mole_asr.convert.dense import dense
+from mole_asr.convert.factor import _routed
 from mole_asr.convert.host import DrawnRows, Host, draw_rows, open_host
 from mole_asr.convert.slicing import Cut, slice_parts
 from mole_asr.convert.speed import measure_speed
@@ -29,7 +31,8 @@ PARTS = {
 }
 PARTS["t5-gated"] = PARTS["t5"]
 RECOGNISERS = ["speech", "whisper", "wav2vec2", "w2v_bert"]
-PARTS["whisper"] = PARTS["wav2vec2"] = ["encoder.blocks.0.feed_forward"]  # the upper block has experts
+PARTS["wav2vec2"] = ["encoder.blocks.0.feed_forward"]  # the upper block has experts
+PARTS["whisper"] = [*PARTS["wav2vec2"], "encoder.blocks.1.feed_forward"]
 PARTS["w2v_bert"] = [f"encoder.blocks.{name}" for name in ("0.feed_forward_in", "0.feed_forward", "1.feed_forward_in")]
 KINDS = list(PARTS)
 ACTIVATIONS = {"text": "swiglu", "speech": "silu", "llama": "swiglu", "llama-bias": "swiglu", "t5": "relu"}
@@ -381,3 +384,39 @@ def test_a_missing_transformers_is_named(
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(MoleError, match=r"pip install 'mole-asr\[huggingface\]'"):
         open_host(folder)
+
+
+def test_what_is_heard_again_counts_once(
+    pretrained_folder: Callable[[str], Path], speech: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upper blocks compute anew the utterances whose language the text decoder changes."""
+    host = open_host(pretrained_folder("whisper"))
+    batches = host.read(str(speech / "cuts.jsonl"), 1000, 0)
+    again: list[int] = []
+
+    def opinion(memory_BTD: torch.Tensor, lengths_B: torch.Tensor, languages: list[str]) -> torch.Tensor:
+        opinion_BN = torch.zeros(len(lengths_B), 2)
+        opinion_BN[1:, 0] = 1e3  # all but the first
+        return opinion_BN
+
+    def hear_again(x_BTD: torch.Tensor, *rest: Any) -> Any:
+        found = heard(x_BTD, *rest)
+        again.append(len(x_BTD))
+        return found
+
+    heard = host.model._hear_again
+    monkeypatch.setattr(host.model.attention_head, "language_opinion", opinion)
+    monkeypatch.setattr(host.model, "_hear_again", hear_again)
+    rows = host.record(batches)
+    assert again, "the second hearing was not reached"
+    monkeypatch.setattr(host.model, "config", replace(host.model.config, second_hearing=0.0))
+    for name, once_ND in host.record(batches).items():
+        assert torch.equal(rows[name], once_ND)
+    monkeypatch.setattr(host.model, "config", replace(host.model.config, second_hearing=0.5))
+    layers = slice_parts(host.parts(), Cut("random", 4, 2, "centroid"), rows)
+    for name, layer in layers.items():
+        host.put(name, layer)
+    with _routed(layers) as routed, torch.no_grad():
+        found = host.predict(batches[0])
+    for name, (x_ND, _) in routed.items():
+        assert len(x_ND) == len(found.valid_of(name))

@@ -141,6 +141,10 @@ def test_moefy(
         assert main([*words, *changed]) == 1
         assert f"its rows of swiglu{'-adapted' * ('3' in changed)} come from {says}" in capsys.readouterr().err
     assert (folder / "results.json").read_bytes() == before
+    for wrong in (["--rows", "0"], ["--training", "0", "100"]):
+        with pytest.raises(SystemExit):
+            main([*words, *wrong])
+        assert "must be at least 1" in capsys.readouterr().err
 
 
 def test_quality_kept_is_absent_without_the_model_that_was_adapted(

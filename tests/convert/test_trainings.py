@@ -20,7 +20,7 @@ from mole_asr.moe import PseudoLabelRouter
 from mole_asr.moe.experts import feed_forward
 from mole_asr.moe.losses import load_balance_loss, pseudo_label_loss
 from mole_asr.moe.pseudo_labels import prior_approximate_labels
-from mole_asr.text.policies import ExpertsConfig
+from mole_asr.text.policies import ExpertsConfig, routing_losses
 from mole_asr.text.upcycle import upcycle
 
 from .conftest import sliced_host
@@ -217,7 +217,9 @@ def test_a_sliced_language_model_may_be_trained_further(text_folder: Callable[..
     again = upcycle(host.model, [ExpertsConfig()], ["de", "en"])
     batch = host.read(str(texts), 100, 0)[0]
     ids_BT = batch.tokens_BS[:, :-1]
-    assert torch.equal(again(ids_BT).logits_BTV, host.model(ids_BT).logits_BTV)
+    output = again(ids_BT)
+    assert torch.equal(output.logits_BTV, host.model(ids_BT).logits_BTV)
+    assert len(output.plans) == 2 and routing_losses(again.policies, output.plans) == {}
     for experts, activation in ((ExpertsConfig("top_k", num_experts=2), None), (ExpertsConfig(), "reglu")):
         with pytest.raises(MoleError, match="is sliced"):
             upcycle(host.model, [experts], ["de", "en"], activation)
