@@ -74,15 +74,14 @@ def prepare(
         raise MoleError(f"dev_percent={dev_percent} and test_percent={test_percent} leave nothing to train on")
     found: list[tuple[Utterance, str]] = []
     items, unseen = _items(source, language)
-    left_out = [(language or "", path, reason) for path, reason in unseen]
+    left_out = [(language or "", _printable(path), reason) for path, reason in unseen]
     ids: Counter[str] = Counter()
     for item in items:
         try:
             found.append((_utterance(item, fold_accents, ids), item.split))
         except MoleError as error:
-            name = str(item.audio_path).encode("utf-8", "backslashreplace").decode()  # it may be no UTF-8
             reason = str(error).removeprefix(f"{item.audio_path}: ")
-            left_out.append((item.language, name, " ".join(reason.split())))
+            left_out.append((item.language, _printable(item.audio_path), " ".join(reason.split())))
     failures = [f"{path}: {reason}" for _, path, reason in left_out]
     if not found:
         raise MoleError(f"{source}: no usable recording; " + (failures[0] if failures else _EXPECTED))
@@ -95,6 +94,11 @@ def prepare(
     print_summary(output)
     print_skipped(failures)
     return PrepareResult({split: len(rows) for split, rows in utterances.items()}, failures)
+
+
+def _printable(path: str | Path) -> str:
+    """The path, where its bytes are no UTF-8 with them spelled out."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _items(source: Path, language: str | None) -> tuple[Iterator[_Item], list[tuple[str, str]]]:

@@ -190,7 +190,8 @@ def test_a_pipe_is_no_recording(tmp_path: Path) -> None:
 
 def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record(tmp_path / "en" / "a.wav", "a")
-    record(tmp_path / "en" / "locked" / "b.wav", "b")
+    locked = tmp_path / "en" / os.fsdecode(b"caf\xe9-locked")
+    locked.mkdir()
     scandir = os.scandir
 
     def refuse(path: Any) -> Any:  # root may look into every folder, so that it is the system's word that is changed
@@ -200,7 +201,7 @@ def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "scandir", refuse)
     result = prepare(tmp_path / "en", tmp_path / "out")
-    assert result.failures == [f"{tmp_path / 'en' / 'locked'}: Permission denied"]
+    assert result.failures == [f"{tmp_path / 'en'}/caf\\udce9-locked: Permission denied"]
     assert list(rows(tmp_path / "out")) == ["a"]
 
 
