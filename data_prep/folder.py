@@ -161,11 +161,10 @@ def _table_rows(table: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield number, _parse_row(line, f"{table}, row {number}")
-            elif table.suffix == ".tsv":
-                for number, row in enumerate(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
-                    yield number, row
             else:
-                for number, row in enumerate(csv.DictReader(file, strict=True), 1):
+                dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+                rows = csv.DictReader(file, **(dialect if table.suffix == ".tsv" else {"strict": True}))
+                for number, row in enumerate(rows, 1):
                     yield number, row
     except (OSError, ValueError, AttributeError, csv.Error) as error:
         raise MoleError(f"{table}: the table cannot be read behind row {number} ({error})") from None

@@ -3,7 +3,7 @@
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from zlib import crc32
@@ -106,16 +106,6 @@ def check_is_no_pipe(path: str | Path) -> None:
     path = Path(path)
     if path.is_fifo() or path.is_char_device() or path.is_socket():
         raise MoleError(f"{path}: is a pipe or a device, and has to be read more than once; write it to a file first")
-
-
-def check_keeps(output: str | Path, read: Iterable[str | Path | None]) -> None:
-    """Refuses an output that would replace what is read.
-
-    Raises:
-        MoleError: it is one of the files; None among them is none.
-    """
-    if Path(output).resolve() in {Path(each).resolve() for each in read if each is not None}:
-        raise MoleError(f"output {output}: is what is scored, and would be replaced; give another name")
 
 
 def is_unicode(text: str) -> bool:

@@ -1,8 +1,9 @@
 """Loads Whisper's checkpoints, as Hugging Face, OpenAI or CTranslate2 writes them, for our own modules."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +28,17 @@ _HUGGING_FACE_KEYS = {
     "vocab_size": "vocab_size",
     "max_frames": "max_source_positions",
     "max_tokens": "max_target_positions",
+}
+_OPENAI_KEYS = {
+    "num_mels": "n_mels",
+    "d_model": "n_audio_state",
+    "encoder_layers": "n_audio_layer",
+    "encoder_heads": "n_audio_head",
+    "decoder_layers": "n_text_layer",
+    "decoder_heads": "n_text_head",
+    "vocab_size": "n_vocab",
+    "max_frames": "n_audio_ctx",
+    "max_tokens": "n_text_ctx",
 }
 
 
@@ -70,7 +82,9 @@ def load_whisper(path_or_hub_id: str | Path) -> WhisperCheckpoint:
         raise MoleError(f"{tokenizer}: no such file; copy it from the model's page on the Hugging Face hub")
     for kind, heads in (("encoder", config.encoder_heads), ("decoder", config.decoder_heads)):
         if heads < 1 or config.d_model % heads:
-            raise MoleError(f"{weights}: {heads} heads of the {kind} do not part its width, {config.d_model}")
+            raise MoleError(
+                f"{weights}: {heads} heads of the {kind} do not part its width, {config.d_model}; copy the model anew"
+            )
     try:
         encoder, decoder = convert(tensors, layout, config.encoder_layers, config.decoder_layers)
         _check_shapes(config, encoder, decoder, weights)
@@ -89,6 +103,20 @@ def _check_shapes(config: WhisperConfig, encoder: Tensors, decoder: Tensors, pat
                 raise MoleError(f"{path}: {kind} {name} is {found}, not {tuple(expected.shape)} as its sizes say")
 
 
+def _sizes(values: Mapping[str, Any], keys: Mapping[str, str], path: Path) -> dict[str, int]:
+    """The values of a file by our names for them.
+
+    Raises:
+        MoleError: one is missing, or no size.
+    """
+    for key in keys.values():
+        if key not in values:
+            raise MoleError(f"{path}: key {key} is missing; copy the model anew")
+        if not isinstance(values[key], int) or values[key] < 1:
+            raise MoleError(f"{path}: {key} is {values[key]!r}, no size; copy the model anew")
+    return {name: values[key] for name, key in keys.items()}
+
+
 def _read_hugging_face(folder: Path) -> tuple[WhisperConfig, Tensors, Layout]:
     path = folder / CONFIG
     values = read_json(path)
@@ -96,12 +124,7 @@ def _read_hugging_face(folder: Path) -> tuple[WhisperConfig, Tensors, Layout]:
         raise MoleError(f"{path}: model_type {values.get('model_type')!r} is not 'whisper'; give a Whisper model")
     if values.get("activation_function", "gelu") != "gelu" or values.get("scale_embedding", False):
         raise MoleError(f"{path}: only GELU and unscaled embeddings are supported; give an unchanged Whisper model")
-    for key in _HUGGING_FACE_KEYS.values():
-        if key not in values:
-            raise MoleError(f"{path}: key {key} is missing; copy the model anew")
-        if not isinstance(values[key], int) or values[key] < 1:
-            raise MoleError(f"{path}: {key} is {values[key]!r}, no size; copy the model anew")
-    config = WhisperConfig(**{name: values[key] for name, key in _HUGGING_FACE_KEYS.items()})
+    config = WhisperConfig(**_sizes(values, _HUGGING_FACE_KEYS, path))
     tensors = read_weights(folder)
     return config, {name.removeprefix("model."): value for name, value in tensors.items()}, HUGGING_FACE
 
@@ -110,18 +133,8 @@ def _read_openai(path: Path) -> tuple[WhisperConfig, Tensors, Layout]:
     values = read_tensors(path)
     try:
         dims, tensors = values["dims"], values["model_state_dict"]
-        config = WhisperConfig(
-            num_mels=dims["n_mels"],
-            d_model=dims["n_audio_state"],
-            d_ff=4 * dims["n_audio_state"],
-            encoder_layers=dims["n_audio_layer"],
-            encoder_heads=dims["n_audio_head"],
-            decoder_layers=dims["n_text_layer"],
-            decoder_heads=dims["n_text_head"],
-            vocab_size=dims["n_vocab"],
-            max_frames=dims["n_audio_ctx"],
-            max_tokens=dims["n_text_ctx"],
-        )
+        sizes = _sizes(dims, _OPENAI_KEYS, path)
+        config = WhisperConfig(d_ff=4 * sizes["d_model"], **sizes)
     except (KeyError, TypeError, IndexError) as error:
         raise MoleError(f"{path}: not OpenAI's file of a Whisper model ({error!r}); give another") from None
     return config, tensors, OPENAI

@@ -50,6 +50,16 @@ class Pair:
     reliability: float | None = None
 
 
+def check_keeps(output: str | Path, read: Iterable[str | Path | None]) -> None:
+    """Refuses an output that would replace what is read.
+
+    Raises:
+        MoleError: it is one of the files; None among them is none.
+    """
+    if Path(output).resolve() in {Path(each).resolve() for each in read if each is not None}:
+        raise MoleError(f"output {output}: is what is scored, and would be replaced; give another name")
+
+
 def read_sentences(path: str | Path) -> SentenceFile:
     """Reads a manifest, a JSONL file of transcripts, or plain text.
 

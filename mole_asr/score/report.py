@@ -13,9 +13,10 @@ import numpy as np
 from mole_asr.asr.routing import Routing, hear_languages
 from mole_asr.corpus.manifest import Manifest
 from mole_asr.errors import MoleError
-from mole_asr.files import check_folder, check_keeps, write_text
+from mole_asr.files import check_folder, write_text
 from mole_asr.score.charts import read_curves
 from mole_asr.score.page import page
+from mole_asr.score.pairs import check_keeps
 from mole_asr.score.score import ScoreReport, score
 
 LONGEST_PICTURE_S = 8.0

@@ -11,10 +11,10 @@ import numpy as np
 from mole_asr.arguments import check_seed
 from mole_asr.corpus.languages import check_language
 from mole_asr.errors import MoleError
-from mole_asr.files import check_keeps, write_text
+from mole_asr.files import write_text
 from mole_asr.score.bootstrap import RESAMPLES, Difference
 from mole_asr.score.groups import WORDS, Group, GroupScore, Macro, count_errors, differences, make_groups
-from mole_asr.score.pairs import Pair, pair, read_sentences
+from mole_asr.score.pairs import Pair, check_keeps, pair, read_sentences
 
 UNITS = {
     "wer": "percent",

@@ -152,6 +152,9 @@ def test_openai_file(whisper_folder: Path, features_BTF: Tensor, tmp_path: Path)
         load_whisper(tmp_path / "tiny.pt")
     shutil.copy(whisper_folder / "tokenizer.json", tmp_path)
     check(load_whisper(tmp_path / "tiny.pt"), model, features_BTF)
+    torch.save({"dims": dims | {"n_audio_state": "x"}, "model_state_dict": {}}, tmp_path / "tiny.pt")
+    with pytest.raises(MoleError, match=r"tiny\.pt: n_audio_state is 'x', no size"):
+        load_whisper(tmp_path / "tiny.pt")
 
 
 def convert_with_ctranslate2(model: Any, folder: Path, kind: str, output: Path) -> Path:

@@ -89,10 +89,6 @@ def test_means_of_major_and_minor_languages() -> None:
     assert major_and_minor({"xx": 6.0}, ["de"]) == {"all": 6.0, "minor": 6.0}
 
 
-def shared_size(model: TextModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def test_a_token_of_one_expert_costs_as_much_as_a_dense_one(make_model: Make) -> None:
     """The meter of adaptive gating: FLOPs = those of top-2 x (1 - half the share of tokens with one expert)."""
     dense, experts = make_model(), make_model(ExpertsConfig("adaptive", layers=[1], num_experts=4))
@@ -106,8 +102,8 @@ def test_a_token_of_one_expert_costs_as_much_as_a_dense_one(make_model: Make) ->
         cost = token_cost(experts, T, {1: 2 - share})
         assert cost.feed_forward_flops == pytest.approx(2 * part + router + 2 * part * (1 - share / 2))
     shared = make_model(ExpertsConfig("noisy_top_k", layers=[0, 1, 2], num_experts=4, top_k=4, share_router=True))
-    noise = 4 * D  # the map of the noise is for training alone
-    assert token_cost(shared, T, dict.fromkeys(range(3), 4.0)).active_parameters == shared_size(shared) - noise
+    size, noise = sum(parameter.numel() for parameter in shared.parameters()), 4 * D  # its map is for training alone
+    assert token_cost(shared, T, dict.fromkeys(range(3), 4.0)).active_parameters == size - noise
     one = token_cost(experts, T, {1: 1.0})
     assert one.active_parameters == dense_cost.active_parameters + 4 * D
     assert one.total_parameters == dense_cost.total_parameters + 4 * D + 3 * 3 * D * F
